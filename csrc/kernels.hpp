@@ -1,0 +1,82 @@
+// What a kernel is, seen from outside: plain structures of pointers and sizes, and a table of functions that
+// every instruction set fills in. Nothing here is inline and nothing comes from the standard library's
+// templates: this header is compiled under every instruction set's flags, and one inline function emitted
+// under AVX-512 and kept by the linker would crash an older machine.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace halfbyte {
+
+// 16-bit floats, as bits. Types of their own, so that overloads can tell them apart.
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// A codebook made ready for the nearest-entry search. `thresholds[r]` is the float32 midpoint between the
+// entries of rank r and r + 1 in ascending order; a value's rank is the number of thresholds below it, so
+// an exact midpoint goes to the lower entry. `code[r]` is the entry of rank r.
+struct Codebook16 {
+    float thresholds[16];  // 15 used, the last is +infinity
+    uint8_t code[16];
+};
+struct Codebook256 {
+    float thresholds[256];  // 255 used, the last is +infinity; the codebook is ascending, so rank is code
+};
+
+// Blocks of `block_size` values (a multiple of 32) share one absmax; the last block may be short.
+struct Quantize4bit {
+    const void* values;  // n values of `dtype`
+    DType dtype;
+    int64_t n;
+    int64_t block_size;
+    const Codebook16* codebook;
+    uint8_t* packed;  // (n + 1) / 2 bytes; value 2i in the high nibble; an odd n is padded with the value 0
+    float* absmax;    // ceil(n / block_size)
+};
+
+struct Dequantize4bit {
+    const uint8_t* packed;  // (n + 1) / 2 bytes
+    const float* absmax;    // ceil(n / block_size)
+    const float* codebook;  // 16
+    int64_t n;
+    int64_t block_size;
+    void* values;  // n values of `dtype`
+    DType dtype;
+};
+
+struct Quantize8bit {
+    const float* values;  // n
+    int64_t n;
+    int64_t block_size;
+    const Codebook256* codebook;
+    uint8_t* codes;  // n
+    float* absmax;   // ceil(n / block_size)
+};
+
+struct Dequantize8bit {
+    const uint8_t* codes;   // n
+    const float* absmax;    // ceil(n / block_size)
+    const float* codebook;  // 256
+    int64_t n;
+    int64_t block_size;
+    float* values;  // n
+};
+
+// One row of the dispatch table. The quantizers return the first block that holds a NaN or an infinity
+// (its absmax and codes are then unspecified), or -1.
+struct Kernels {
+    const char* name;
+    int64_t (*quantize_4bit)(const Quantize4bit&, int threads);
+    void (*dequantize_4bit)(const Dequantize4bit&, int threads);
+    int64_t (*quantize_8bit)(const Quantize8bit&, int threads);
+    void (*dequantize_8bit)(const Dequantize8bit&, int threads);
+};
+
+}  // namespace halfbyte

@@ -1,0 +1,14 @@
+// One instruction set's row of the dispatch table. Its name is made here, from the same macro that chose the code
+// beside it, so what a row says it is and what it runs cannot come apart.
+
+#include "table.hpp"
+
+#include "../simd/isa.hpp"
+
+namespace halfbyte::HALFBYTE_ISA {
+
+const Kernels kernels = {
+    HALFBYTE_STRING(HALFBYTE_ISA), quantize_4bit, dequantize_4bit, quantize_8bit, dequantize_8bit,
+};
+
+}  // namespace halfbyte::HALFBYTE_ISA

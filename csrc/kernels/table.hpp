@@ -1,0 +1,15 @@
+// The kernels of one instruction set, as table.cpp gathers them.
+#pragma once
+
+#include "../kernels.hpp"
+
+namespace halfbyte::HALFBYTE_ISA {
+
+int64_t quantize_4bit(const Quantize4bit&, int threads);
+void dequantize_4bit(const Dequantize4bit&, int threads);
+int64_t quantize_8bit(const Quantize8bit&, int threads);
+void dequantize_8bit(const Dequantize8bit&, int threads);
+
+extern const Kernels kernels;
+
+}  // namespace halfbyte::HALFBYTE_ISA

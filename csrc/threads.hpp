@@ -1,0 +1,13 @@
+// The only door to threads. Kernels say what to do with a range of tasks; this says who does it.
+#pragma once
+
+#include <cstdint>
+
+namespace halfbyte {
+
+// Calls body(context, begin, end) on disjoint ranges that cover [0, tasks), on at most `threads` threads and
+// on no more than there are whole grains. The split depends on these three numbers alone.
+void parallel_for(int64_t tasks, int64_t grain, int threads, void (*body)(void* context, int64_t begin, int64_t end),
+                  void* context);
+
+}  // namespace halfbyte
