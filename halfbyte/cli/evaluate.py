@@ -1,0 +1,65 @@
+"""`halfbyte evaluate --model_name_or_path model.gguf --adapter runs/first --dataset heldout.jsonl`"""
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from halfbyte.cli.flags import config_command
+from halfbyte.config import EvaluateConfig
+
+if TYPE_CHECKING:
+    from halfbyte.recipes.evaluate import EvaluationResult
+
+SAMPLES_SHOWN = 5
+
+
+@config_command(EvaluateConfig)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for scripts.")
+def command(config: EvaluateConfig, as_json: bool) -> None:
+    """Measure a model on held-out rows: loss, perplexity and exact matches.
+
+    With --adapter the adapter is put on first; run it once without to see what the adapter changed.
+    """
+    from halfbyte.recipes.evaluate import evaluate
+
+    result = evaluate(config, Console(stderr=True))
+    if as_json:
+        sys.stdout.write(json.dumps(result.to_dict(), ensure_ascii=False, indent=2) + "\n")
+        return
+    console = Console()
+    console.print(_figures(config, result))
+    if result.samples:
+        console.print(_samples(result))
+    if config.output is not None:
+        console.print(f"written to {config.output}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _figures(config: EvaluateConfig, result: "EvaluationResult") -> Table:
+    table = Table(title=escape(config.adapter or config.model_name_or_path), title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("rows", f"{result.rows:,}")
+    table.add_row("supervised tokens", f"{result.supervised_tokens:,}")
+    table.add_row("loss", f"{result.loss:.4f}")
+    table.add_row("perplexity", f"{result.perplexity:,.3f}")
+    if result.exact_match is not None:
+        table.add_row("exact match", f"{result.exact_match:.1%}")
+    table.add_row("seconds", f"{result.seconds:.1f}")
+    return table
+
+
+def _samples(result: "EvaluationResult") -> Table:
+    shown = result.samples[:SAMPLES_SHOWN]
+    table = Table(title=f"the first {len(shown)} answers", title_justify="left", show_lines=True)
+    table.add_column("prompt", ratio=1)
+    table.add_column("expected", ratio=1)
+    table.add_column("got", ratio=1)
+    for sample in shown:
+        colour = "green" if sample.got == sample.expected else "red"
+        table.add_row(escape(sample.prompt), escape(sample.expected), f"[{colour}]{escape(sample.got)}[/{colour}]")
+    return table
