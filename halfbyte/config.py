@@ -234,7 +234,7 @@ class RunKeys(Config):
     logging_steps: int = Field(1, ge=1, description="Steps between two lines of metrics.")
     save_steps: int | None = Field(None, ge=1, description="Steps between two checkpoints.")
     save_total_limit: int | None = Field(None, ge=1, description="Checkpoints to keep, the newest ones.")
-    report_to: Trackers = Field(["tensorboard"], description="Trackers that get the metrics too; none: none.")
+    report_to: Trackers = Field(["tensorboard"], description="Trackers that get the metrics as well, or none.")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Decides the order of rows, dropout and the first adapters.")
     threads: int | None = Field(None, ge=1, description="CPU threads, where torch's own choice is not wanted.")
 
@@ -409,7 +409,7 @@ def load_config(cls: type[ConfigT], yaml_path: str | Path | None, overrides: Map
     """A YAML file merged with flags, which win; `HalfbyteError` names the one place where they are wrong."""
     values, lines = _read_yaml(Path(yaml_path)) if yaml_path is not None else ({}, {})
     if "num_train_epochs" in overrides and "max_steps" not in overrides:
-        values.pop("max_steps", None)  # a flag beats the file also where the two keys differ in name
+        values.pop("max_steps", None)  # a flag beats the file, also where it is by its meaning
     if str(overrides.get("max_steps", "-1")) != "-1" and "num_train_epochs" not in overrides:
         values.pop("num_train_epochs", None)
 
@@ -471,15 +471,15 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         lines = _key_lines(path, root)  # before construction, which rewrites the nodes of a `<<` merge
-        values = loader.construct_document(root) if root is not None else None
+        values = loader.construct_document(root) if root is not None else {}
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise HalfbyteError(f"{path}{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # Control characters; `2024-13-45`, which YAML takes for a date; a thousand brackets.
-        reason = str(error).splitlines()[0] if str(error) else "nested too deeply"
-        raise HalfbyteError(f"{path}: not valid YAML: {reason}") from None
-    return ({str(key): value for key, value in values.items()}, lines) if values is not None else ({}, {})
+    except (yaml.YAMLError, ValueError) as error:  # control characters; 2024-13-45, which YAML takes for a date
+        raise HalfbyteError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise HalfbyteError(f"{path}: not valid YAML: nested too deeply") from None
+    return {str(key): value for key, value in values.items()}, lines
 
 
 def _key_lines(path: Path, root: yaml.Node | None) -> dict[str, int]:
