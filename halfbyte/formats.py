@@ -23,53 +23,53 @@ blocks of `NESTED_BLOCK_SIZE`; codes are then one uint8 a value, and the same fo
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-# 4-bit NormalFloat: quantiles of the standard normal distribution scaled to [-1, 1], with an exact zero. Ascending.
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-
-# 4-bit floating point: a sign bit, two exponent bits, one mantissa bit, in units of 1/12. In the order of the bits,
-# which is not ascending; codes 0 and 8 are both zero.
-FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0)
-
-# Signed integers in units of 1/7. Descending; codes 7 and 8 are both zero.
-INT4_SEVENTHS = (7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0)
-
-_ENTRIES_AND_UNIT = {"nf4": (NF4, 1.0), "fp4": (FP4_TWELFTHS, 12.0), "int4": (INT4_SEVENTHS, 7.0)}
-
-QUANT_TYPES = tuple(_ENTRIES_AND_UNIT)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256  # absmax values that share one second-level absmax
 
 
-def codebook(quant_type: str, device: torch.device | str = "cpu") -> Tensor:  # (16,) float32
-    """The 4-bit codebook called `quant_type`, one of QUANT_TYPES; a KeyError for any other name."""
-    entries, unit = _ENTRIES_AND_UNIT[quant_type]
-    # Divided in float32, as the format's first writer did, for the last bit's sake.
-    return torch.tensor(entries, dtype=torch.float32, device="cpu").div_(unit).to(device)
+def _divided(entries: list[float], unit: float) -> tuple[float, ...]:
+    """In float32, as the formats' first writer divided: the last bit is part of the format."""
+    divided: list[float] = torch.tensor(entries, dtype=torch.float32, device="cpu").div_(unit).tolist()
+    return tuple(divided)
 
 
-def dynamic_map(signed: bool = True, device: torch.device | str = "cpu") -> Tensor:  # (256,) float32, ascending
-    """The dynamic 8-bit codebook (Dettmers, arXiv 1511.04561; 2110.02861, section 1.3).
+def _dynamic_map(signed: bool) -> tuple[float, ...]:
+    """The dynamic 8-bit codebook (8-bit Optimizers, arXiv 2110.02861, section 1.3), 256 entries, ascending.
 
-    Decade i of seven, 10^(i-6), is cut into 2^i steps (2^(i+1) when unsigned) and holds their midpoints, with either
-    sign when signed: small numbers get range, large ones precision. Zero and one complete it.
+    Decade i of seven, 10^(i-6), is cut into 2^i steps (2^(i+1) when unsigned) and holds their midpoints, with
+    either sign when signed: small numbers get range, large ones precision. Zero and one complete it.
     """
     entries = [0.0, 1.0]
     for decade in range(7):
         steps = 2**decade if signed else 2 ** (decade + 1)
         edges = torch.linspace(0.1, 1.0, steps + 1, dtype=torch.float32, device="cpu")
-        midpoints = (edges[:-1] + edges[1:]) / 2.0
-        magnitudes = (midpoints * 10.0 ** (decade - 6)).tolist()
+        magnitudes = ((edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (decade - 6)).tolist()
         entries += magnitudes
         if signed:
             entries += [-m for m in magnitudes]
-    return torch.tensor(sorted(entries), dtype=torch.float32, device="cpu").to(device)
+    return tuple(sorted(entries))
+
+
+# What each 4-bit code stands for. Every number is exactly a float32.
+CODEBOOKS: dict[str, tuple[float, ...]] = {
+    # NormalFloat: quantiles of the standard normal distribution scaled to [-1, 1], with an exact zero. Ascending.
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    # Floating point: a sign bit, two exponent bits, one mantissa bit, in units of 1/12. In the order of the bits,
+    # which is not ascending; codes 0 and 8 are both zero.
+    "fp4": _divided([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], 12),
+    # Integers in units of 1/7. Descending; codes 7 and 8 are both zero.
+    "int4": _divided([7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7], 7),
+}  # fmt: skip
+
+# What each 8-bit code stands for: signed for what is centred on zero, unsigned for squares.
+DYNAMIC_SIGNED = _dynamic_map(signed=True)
+DYNAMIC_UNSIGNED = _dynamic_map(signed=False)
 
 
 def packed_bytes(n: int) -> int:

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,9 +55,14 @@ class _Entry:
     function: Callable[..., Any]
 
 
-_forced: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
-_entries: dict[tuple[str, str], _Entry] = {}
-_last: _Entry | None = None
+@dataclass
+class _State:
+    forced: str | None
+    entries: dict[tuple[str, str], _Entry] = field(default_factory=dict)  # what _resolve found, until the force changes
+    last: _Entry | None = None
+
+
+_state = _State(forced=os.environ.get(ENVIRONMENT_VARIABLE) or None)
 
 
 def available_implementations() -> list[Implementation]:
@@ -74,50 +79,53 @@ def available_implementations() -> list[Implementation]:
 def active_implementation(op: str = "dequantize_4bit", device: str = "cpu") -> tuple[str, str]:
     """The name of what `op` runs on `device`, and why that one. HalfbyteError if the forced one cannot."""
     name = _resolve(op, device).name
-    return name, f"forced by {ENVIRONMENT_VARIABLE}" if _forced else "the best of those that run here"
+    return name, f"forced by {ENVIRONMENT_VARIABLE}" if _state.forced else "the best of those that run here"
 
 
 def executed_implementation() -> str | None:
     """The name of what ran last. For compiled kernels the compiled table says it, not the caller's wish."""
-    if _last is None:
+    last = _state.last
+    if last is None:
         return None
-    return _C.executed() if _last.name in NATIVE else _last.name
+    return _C.executed() if last.name in NATIVE else last.name
 
 
 @contextlib.contextmanager
 def forced_implementation(name: str | None) -> Iterator[None]:
     """As the environment variable, for the length of a `with` block and in every thread; None lifts a force."""
-    global _forced
-    before = _forced
-    _forced = name
-    _entries.clear()
+    before = _state.forced
+    _set_forced(name)
     try:
         yield
     finally:
-        _forced = before
-        _entries.clear()
+        _set_forced(before)
 
 
 def call(op: str, device: str, *arguments: Any) -> Any:
     """Run `op` by the implementation the table gives for `device`."""
-    global _last
-    entry = _entries.get((op, device)) or _resolve(op, device)
-    _last = entry
+    entry = _state.entries.get((op, device)) or _resolve(op, device)
+    _state.last = entry
     return entry.function(*arguments)
+
+
+def _set_forced(name: str | None) -> None:
+    _state.forced = name
+    _state.entries.clear()
+    _state.last = None
 
 
 def _resolve(op: str, device: str) -> _Entry:
     runnable = {i.name for i in available_implementations() if i.available}
     candidates = [name for name in TABLE.get((op, device), ("reference",)) if name in runnable]
-    if _forced is not None and _forced not in candidates:
+    if _state.forced is not None and _state.forced not in candidates:
         raise HalfbyteError(
-            f"{ENVIRONMENT_VARIABLE}={_forced} cannot run {op} on {device} here; "
+            f"{ENVIRONMENT_VARIABLE}={_state.forced} cannot run {op} on {device} here; "
             f"available: {', '.join(candidates)}."
         )
-    name = _forced or candidates[0]
+    name = _state.forced or candidates[0]
     if name in NATIVE:
         _C.select(name)
     module = importlib.import_module(f"halfbyte.ops.{op}.{'cpu' if name in NATIVE else name}")
     entry = _Entry(name, getattr(module, op))
-    _entries[op, device] = entry
+    _state.entries[op, device] = entry
     return entry

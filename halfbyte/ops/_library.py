@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-_LIBRARY = torch.library.Library("halfbyte", "DEF")
+_LIBRARY = torch.library.Library("halfbyte", "DEF")  # type: ignore[no-untyped-call]
 
 
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define `halfbyte::<schema>`, with `run` for every device and `fake` for shapes alone; returns the op."""
     name = schema[: schema.index("(")]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"halfbyte::{name}", fake, lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.halfbyte, name).default
     return op

@@ -16,17 +16,17 @@ _OP = "dequantize_4bit"
 
 
 def dequantize_4bit(
-    packed: Tensor,      # ceil(n/2) uint8 in any shape; element 2i in the high nibble
-    absmax: Tensor,      # (ceil(n/block_size),) float32
-    codebook: Tensor,    # (16,) float32
-    block_size: int,     # values that share one absmax; 64 in the paper
-    shape: list[int],    # n = prod(shape)
+    packed: Tensor,  # ceil(n/2) uint8 in any shape; element 2i in the high nibble
+    absmax: Tensor,  # (ceil(n/block_size),) float32
+    codebook: Tensor,  # (16,) float32
+    block_size: int,  # values that share one absmax; 64 in the paper
+    shape: list[int],  # n = prod(shape)
     dtype: torch.dtype,  # float32, bfloat16 or float16
-) -> Tensor:             # `shape`, `dtype`
+) -> Tensor:  # `shape`, `dtype`
     """w[i] = codebook[code[i]] * absmax[i // block_size], in float32, then rounded to `dtype`, to nearest even.
 
     Bit-equal in every implementation.  QLoRA (arXiv 2305.14314), section 3, equation 2.
-    """  # fmt: skip
+    """
     return cast(Tensor, _dequantize_4bit(packed, absmax, codebook, block_size, shape, dtype))
 
 
@@ -44,7 +44,7 @@ def _run(
 
 
 def _fake(
-    packed: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, shape: list[int], dtype: torch.dtype
+    packed: Tensor, _absmax: Tensor, _codebook: Tensor, _block_size: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
 

@@ -15,12 +15,12 @@ _OP = "dequantize_8bit"
 
 
 def dequantize_8bit(
-    codes: Tensor,     # any shape, n values of uint8
-    absmax: Tensor,    # (ceil(n/block_size),) float32
+    codes: Tensor,  # any shape, n values of uint8
+    absmax: Tensor,  # (ceil(n/block_size),) float32
     codebook: Tensor,  # (256,) float32
-    block_size: int,   # values that share one absmax; 256 for double quantization
-) -> Tensor:           # the shape of codes, float32
-    """x[i] = codebook[codes[i]] * absmax[i // block_size], in float32. Bit-equal in every implementation."""  # fmt: skip
+    block_size: int,  # values that share one absmax; 256 for double quantization
+) -> Tensor:  # the shape of codes, float32
+    """x[i] = codebook[codes[i]] * absmax[i // block_size], in float32. Bit-equal in every implementation."""
     return cast(Tensor, _dequantize_8bit(codes, absmax, codebook, block_size))
 
 
@@ -34,7 +34,7 @@ def _run(codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int) -> Te
     return cast(Tensor, _dispatch.call(_OP, device, codes, absmax, codebook, block_size))
 
 
-def _fake(codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int) -> Tensor:
+def _fake(codes: Tensor, _absmax: Tensor, _codebook: Tensor, _block_size: int) -> Tensor:
     return codes.new_empty(codes.shape, dtype=torch.float32)
 
 
