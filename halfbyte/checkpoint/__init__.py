@@ -1,0 +1,1 @@
+"""What is written to disk, and read back.  Tensors are safetensors, the rest is JSON; nothing is pickled."""

@@ -1,0 +1,131 @@
+"""Checkpoints from which a run goes on to the bits that it would have had undisturbed.
+
+    checkpoint-N/
+      adapter_config.json, adapter_model.safetensors    the adapter, in PEFT's format
+      optimizer.safetensors                             exp_avg.NAME, exp_avg_sq.NAME (float32)
+      random.safetensors                                torch's generator states: cpu, cuda.0, …
+      state.json                                        step, position in the data, settings, fingerprints
+
+The schedule is a function of the step and the order of the data one of the seed and the epoch, so neither
+has state of its own. A checkpoint is written aside and renamed: it is there whole or not at all.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from halfbyte.checkpoint.adapter import save_adapter
+from halfbyte.checkpoint.files import directory_written_aside, write_json
+from halfbyte.errors import HalfbyteError
+from halfbyte.optim import AdamW
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def save_checkpoint(
+    run_directory: Path,
+    step: int,
+    model: PeftModel,
+    optimizer: AdamW,
+    state: dict[str, Any],
+    keep: int | None,
+) -> Path:
+    """Write `checkpoint-STEP`, then remove the oldest beyond `keep`.  `state` is the caller's, JSON-able."""
+    directory = run_directory / f"checkpoint-{step}"
+    with directory_written_aside(directory) as aside:
+        save_adapter(model, aside)
+        save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+        save_file(_random_states(), aside / "random.safetensors")
+        write_json(aside / "state.json", {"step": step, **state})
+    if keep is not None:
+        for old in list_checkpoints(run_directory)[:-keep]:
+            shutil.rmtree(old)
+    return directory
+
+
+def list_checkpoints(run_directory: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    found = [
+        (int(match[1]), path) for path in run_directory.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(run_directory: Path, resume_from: bool | str) -> Path:
+    """The checkpoint that `resume_from_checkpoint` names: `True` is the latest of the run.
+
+    Raises:
+        HalfbyteError: there is none.
+    """
+    if resume_from is True:
+        checkpoints = list_checkpoints(run_directory)
+        if not checkpoints:
+            raise HalfbyteError(f"{run_directory} holds no checkpoint-N to resume from; run it again from the start.")
+        return checkpoints[-1]
+    directory = Path(str(resume_from))
+    if not (directory / "state.json").is_file():
+        raise HalfbyteError(f"resume_from_checkpoint: {directory} is not a checkpoint of halfbyte's.")
+    return directory
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON that `save_checkpoint` was given, and `step`.  Raises HalfbyteError if it cannot be read."""
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HalfbyteError(f"{checkpoint}/state.json cannot be read ({error}); resume from another.") from error
+    return state
+
+
+def restore_checkpoint(checkpoint: Path, model: PeftModel, optimizer: AdamW) -> None:
+    """Set the adapter, the optimizer's state and the random states to the checkpoint's.
+
+    Raises:
+        HalfbyteError: a file is missing or broken, or does not fit the model.
+    """
+    step = read_state(checkpoint)["step"]
+    adapter = _load(checkpoint / "adapter_model.safetensors")
+    result = set_peft_model_state_dict(model, adapter)
+    if result.unexpected_keys:
+        raise HalfbyteError(f"{checkpoint}: the adapter does not fit the model ({result.unexpected_keys[0]}).")
+    moments = _load(checkpoint / "optimizer.safetensors")
+    for name, parameter in _trainable(model):
+        if f"exp_avg.{name}" not in moments:
+            raise HalfbyteError(f"{checkpoint}/optimizer.safetensors lacks exp_avg.{name}; resume from another.")
+        state = {key: moments[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": step, **state}
+    random = _load(checkpoint / "random.safetensors")
+    torch.set_rng_state(random["cpu"])
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.set_rng_state(random[f"cuda.{index}"], index)
+
+
+def _trainable(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _optimizer_tensors(model: PeftModel, optimizer: AdamW) -> dict[str, torch.Tensor]:
+    return {
+        f"{key}.{name}": optimizer.state[parameter][key]
+        for name, parameter in _trainable(model)
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    states = {f"cuda.{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+    return {"cpu": torch.get_rng_state(), **states}
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise HalfbyteError(f"{file} cannot be read ({error}); resume from another checkpoint.") from error

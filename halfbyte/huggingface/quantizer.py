@@ -1,0 +1,252 @@
+"""transformers' quantizer seam: linear layers become Linear4bit on the meta device, then each tensor is
+quantized as it is read, or, from a 4-bit checkpoint, taken as it is.
+
+transformers walks the checkpoint tensor by tensor and applies a model's own conversions (renamed keys,
+fused experts) before it asks a quantizer, so any causal language model that it knows can be loaded.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.nn import Linear4bit
+from halfbyte.quant import from_keys, quantize_4bit
+
+QUANT_METHOD = "halfbyte"
+_conversion_errors: ContextVar[list[HalfbyteError] | None] = ContextVar("conversion_errors", default=None)
+
+
+@register_quantization_config(QUANT_METHOD)
+class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`from_pretrained(path, quantization_config=QuantizationConfig(quant_type="nf4"))`.
+
+    Args:
+        quant_type: `nf4`, `fp4` or `int4`.
+        block_size: values that share one absmax; a power of two, 32 to 4096.
+        double_quant: store the absmax in 8 bits.
+        compute_dtype: the dtype of the products.
+        skip_modules: names of linear layers that stay in 16 bits; the output layer and tied ones always do.
+    """
+
+    def __init__(
+        self,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | str = torch.bfloat16,
+        skip_modules: list[str] | None = None,
+        **_: Any,  # from_dict passes quant_method
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.quant_type = quant_type
+        self.block_size = block_size
+        self.double_quant = double_quant
+        self.compute_dtype = getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
+        self.skip_modules = skip_modules
+        # How the tensors' names and values become the model's, where it is not by the model's own rules (GGUF).
+        self.conversions: list[Any] | None = None
+
+    @classmethod
+    def from_bitsandbytes(cls, saved: dict[str, Any], compute_dtype: torch.dtype) -> "QuantizationConfig":
+        """From the `quantization_config` of a 4-bit checkpoint's config.json.
+
+        Raises:
+            HalfbyteError: another method than bitsandbytes in 4 bits.
+        """
+        method = saved.get("quant_method")
+        if method not in ("bitsandbytes", None) or not saved.get("load_in_4bit"):
+            raise HalfbyteError(
+                f"config.json: the model is quantized by {method!r}, which is not read; use its 16-bit original."
+            )
+        return cls(
+            quant_type=saved.get("bnb_4bit_quant_type", "fp4"),
+            double_quant=saved.get("bnb_4bit_use_double_quant", False),
+            compute_dtype=compute_dtype,
+            skip_modules=saved.get("llm_int8_skip_modules"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What stands in config.json: bitsandbytes' keys, since the bytes are its format."""
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_compute_dtype": str(self.compute_dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": self.skip_modules,
+        }
+
+
+@register_quantizer(QUANT_METHOD)
+class Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Drives QuantizationConfig through `from_pretrained`."""
+
+    serialized_names: ClassVar = {
+        "weight": [
+            "weight",
+            "weight.absmax",
+            "weight.quant_map",
+            "weight.nested_absmax",
+            "weight.nested_quant_map",
+            "weight.quant_state.bitsandbytes__nf4",
+            "weight.quant_state.bitsandbytes__fp4",
+            "weight.quant_state.bitsandbytes__int4",
+        ]
+    }
+    quantized_element_size = 0.5
+    is_trainable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+        module_name, _, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(module_name), Linear4bit)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        config = self.quantization_config
+        keep = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
+        for name, module in list(model.named_modules()):
+            if should_convert_module(name, keep) and (type(module) is nn.Linear or isinstance(module, Conv1D)):
+                model.set_submodule(name, _empty_layer(module, config, model.dtype))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        # Saving reverses a model's conversions; ours are already undone by Linear4bit's state dict.
+        own = (Quantize, Deserialize)
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions or []
+            if not any(isinstance(operation, own) for operation in getattr(conversion, "operations", ()))
+        ]
+        if self.quantization_config.conversions is not None:
+            model._weight_conversions = None
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        if self.quantization_config.conversions is not None:
+            return self.quantization_config.conversions
+        converted: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return converted
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return Quantize(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"deserialize": Deserialize}
+
+
+class Quantize(ConversionOps):  # type: ignore[misc]
+    """A 16-bit weight, just read, into its layer."""
+
+    def __init__(self, hf_quantizer: Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], model: PreTrainedModel | None = None, **_: Any) -> dict[str, Tensor]:
+        assert model is not None
+        config = self.hf_quantizer.quantization_config
+        converted: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            layer = model.get_submodule(name.rpartition(".")[0])
+            weight = _only(value)
+            try:
+                layer.quantized = quantize_4bit(
+                    weight.T if layer.transposed else weight,
+                    config.quant_type,
+                    config.block_size,
+                    config.double_quant,
+                )
+            except HalfbyteError as error:
+                _report(HalfbyteError(f"{name}: {error}"))
+                raise
+            converted[name] = layer.weight
+        return converted
+
+
+class Deserialize(ConversionOps):  # type: ignore[misc]
+    """A 4-bit weight and its constants, as they stand in the checkpoint, into their layer."""
+
+    def __init__(self, hf_quantizer: Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: PreTrainedModel | None = None,
+        full_layer_name: str | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        assert model is not None
+        assert full_layer_name is not None
+        if len(input_dict) == 1:  # a weight that was left in 16 bits
+            return input_dict
+        keys = {key.removeprefix("weight."): _only(value) for key, value in input_dict.items()}
+        layer = model.get_submodule(full_layer_name.rpartition(".")[0])
+        try:
+            layer.quantized = from_keys(full_layer_name, keys.pop("weight"), keys)
+        except HalfbyteError as error:
+            _report(error)
+            raise
+        return {"weight": layer.weight}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Deserialize(self.hf_quantizer)
+
+
+def _empty_layer(module: nn.Module, config: QuantizationConfig, dtype: torch.dtype) -> Linear4bit:
+    transposed = isinstance(module, Conv1D)  # GPT-2 keeps (in, out)
+    shape = module.weight.shape
+    in_features, out_features = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
+    layer = Linear4bit(
+        in_features,
+        out_features,
+        module.bias is not None,
+        quant_type=config.quant_type,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+        compute_dtype=config.compute_dtype,
+        device="meta",
+    )
+    layer.transposed = transposed
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    layer._is_hf_initialized = True  # or transformers draws random numbers into the codes
+    return layer
+
+
+def _only(value: Any) -> Tensor:
+    return value[0] if isinstance(value, list) else value
+
+
+@contextmanager
+def first_conversion_error() -> Iterator[None]:
+    """Raise the first of our errors: transformers only logs one inside a conversion, and goes on."""
+    errors: list[HalfbyteError] = []
+    token = _conversion_errors.set(errors)
+    try:
+        yield
+    except Exception:
+        if not errors:
+            raise
+    finally:
+        _conversion_errors.reset(token)
+    if errors:
+        raise errors[0]
+
+
+def _report(error: HalfbyteError) -> None:
+    errors = _conversion_errors.get()
+    if errors is not None:
+        errors.append(error)

@@ -1,0 +1,123 @@
+"""Where a model's files are, what its configuration says, and its tensors, none of them read yet.
+
+A model is a local directory with `config.json` and safetensors (one file or shards), a `.gguf` file, or a
+hub id, which becomes a local directory by download. Everything that can be wrong with the files is found
+here, before any model is built.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+
+from halfbyte.errors import HalfbyteError
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's files on this machine."""
+
+    name: str  # as the user wrote it
+    directory: Path
+    gguf_file: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.gguf_file or self.directory
+
+
+def locate(model_name_or_path: str) -> Source:
+    """Find a model, downloading it if it is a hub id.
+
+    Raises:
+        HalfbyteError: there is no such file or directory and no such model on the hub, or it holds no model.
+    """
+    path = Path(model_name_or_path).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise HalfbyteError(f"{path} is a file but not a .gguf; name the model's directory instead.")
+        return Source(model_name_or_path, path.parent, path)
+    if not path.is_dir():
+        if path.is_absolute() or path.suffix == ".gguf" or model_name_or_path.count("/") != 1:
+            raise HalfbyteError(f"There is no model at {path}; give a directory, a .gguf file or a hub id.")
+        path = _download(model_name_or_path)
+    if not (path / "config.json").is_file():
+        raise HalfbyteError(f"{path} holds no config.json, so it is not a model's directory.")
+    return Source(model_name_or_path, path)
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub's client raises many kinds; all mean that there is no model
+        reason = str(error).strip().splitlines()[0]
+        raise HalfbyteError(
+            f"There is no directory {repository}, and the hub did not give a model of that name ({reason})."
+        ) from error
+
+
+def read_config(source: Source) -> PreTrainedConfig:
+    """The model's configuration, of an architecture that transformers knows as a causal language model.
+
+    Raises:
+        HalfbyteError: unreadable, of an unknown architecture, or not a causal language model's.
+    """
+    where = source.gguf_file or source.directory / "config.json"
+    try:
+        if source.gguf_file:
+            config = AutoConfig.from_pretrained(source.directory, gguf_file=source.gguf_file.name)
+        else:
+            config = AutoConfig.from_pretrained(source.directory)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own here
+        reason = str(error).strip().split("\n")[0].split(". ")[0]
+        raise HalfbyteError(f"{where} does not describe a model that transformers knows: {reason}.") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise HalfbyteError(f"{where}: model_type {config.model_type!r} is not a causal language model.")
+    return config
+
+
+def read_safetensors(directory: Path) -> dict[str, Any]:
+    """A directory's tensors by name, each read from disk when it is indexed with `[...]`, and not before.
+
+    Raises:
+        HalfbyteError: a shard is missing or truncated, or the weights are in a format that is not read.
+    """
+    tensors: dict[str, Any] = {}
+    for file in _safetensors_files(directory):
+        try:
+            # pread, not a memory map: pages of the file would count as this process's memory.
+            handle = safe_open(file, framework="pt", backend="pread")
+            tensors.update({name: handle.get_slice(name) for name in handle.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise HalfbyteError(
+                f"{file} is not a readable safetensors file ({error}); fetch or copy it again."
+            ) from error
+    return tensors
+
+
+def _safetensors_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise HalfbyteError(f"{index} is not a readable index of shards ({error}).") from error
+        for name in names:
+            if not (directory / name).is_file():
+                raise HalfbyteError(f"{index} names the shard {name}, which is missing; fetch it again.")
+        return [directory / name for name in names]
+    if single.is_file():
+        return [single]
+    if list(directory.glob("*.bin")):
+        raise HalfbyteError(
+            f"{directory} holds weights only as pickle (*.bin), which is not read; save them as safetensors."
+        )
+    raise HalfbyteError(f"{directory} holds no model.safetensors and no model.safetensors.index.json.")

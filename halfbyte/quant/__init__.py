@@ -1,0 +1,13 @@
+"""From a weight to 4 bits and back: the tensor, its double-quantized constants, its keys on disk."""
+
+from halfbyte.quant.keys import QUANT_STATE_PREFIX, from_keys, to_keys
+from halfbyte.quant.quantized import DoubleQuantized, QuantizedTensor, quantize_4bit
+
+__all__ = [
+    "QUANT_STATE_PREFIX",
+    "DoubleQuantized",
+    "QuantizedTensor",
+    "from_keys",
+    "quantize_4bit",
+    "to_keys",
+]

@@ -1,0 +1,137 @@
+"""A weight in 4 bits: packed codes, one absmax a block, and the absmax itself in 8 bits.
+
+QLoRA (arXiv 2305.14314), section 3. A tensor of n values holds
+
+    codes      n/2 bytes                      two 4-bit indices into a 16-entry codebook a byte
+    absmax     n/block_size values            the scale of a block: float32, or, double-quantized,
+      codes    n/block_size bytes               an 8-bit index into a 256-entry codebook,
+      absmax   n/(block_size·256) float32       scaled in blocks of 256,
+      offset   one float32                      after the mean was taken away
+
+which at a block size of 64 is 4 + 8/64 + 32/(64·256) = 4.127 bits a parameter. The two codebooks are
+constants of the format, shared by all tensors, and are not counted.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from halfbyte import formats, ops
+from halfbyte.errors import HalfbyteError
+
+
+@dataclass(frozen=True, eq=False)
+class DoubleQuantized:
+    """The absmax of a tensor's blocks in 8 bits: `map[codes] * absmax[i // 256] + offset`."""
+
+    codes: Tensor  # (blocks,) uint8
+    absmax: Tensor  # (ceil(blocks/256),) float32
+    offset: float  # the mean of the float32 absmax, exact in float32
+
+    @classmethod
+    def from_absmax(cls, absmax: Tensor) -> "DoubleQuantized":
+        """Quantize `(blocks,)` float32.  The mean is summed in float64, so that no thread count shows in it."""
+        mean = absmax.double().mean() if absmax.numel() else torch.zeros((), dtype=torch.float64)
+        offset = float(mean.float())
+        codebook = codebook_8bit(absmax.device)
+        codes, nested = ops.quantize_8bit(absmax - offset, codebook, formats.NESTED_BLOCK_SIZE)
+        return cls(codes, nested, offset)
+
+    def dequantize(self) -> Tensor:
+        """`(blocks,)` float32."""
+        codebook = codebook_8bit(self.codes.device)
+        return ops.dequantize_8bit(self.codes, self.absmax, codebook, formats.NESTED_BLOCK_SIZE) + self.offset
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.absmax.nbytes + 4
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A frozen tensor in 4 bits.  Immutable; plain tensors inside, on whatever device they are on."""
+
+    packed: Tensor  # ((n+1)//2, 1) uint8; element 2i in the high nibble
+    absmax: Tensor | DoubleQuantized  # one value a block
+    shape: torch.Size  # of the tensor that was quantized; n = prod(shape)
+    dtype: torch.dtype  # of the tensor that was quantized
+    quant_type: str  # nf4, fp4 or int4
+    block_size: int  # consecutive row-major values that share one absmax
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """`shape` in `dtype` (default: the original's): codebook[code] · absmax in float32, then cast."""
+        return ops.dequantize_4bit(
+            self.packed,
+            self.absmax_float32(),
+            self.codebook,
+            self.block_size,
+            list(self.shape),
+            dtype or self.dtype,
+        )
+
+    def absmax_float32(self) -> Tensor:
+        """`(blocks,)` float32, dequantized when it is stored in 8 bits."""
+        return self.absmax.dequantize() if isinstance(self.absmax, DoubleQuantized) else self.absmax
+
+    @property
+    def codebook(self) -> Tensor:
+        """`(16,)` float32 on the device of the codes."""
+        return codebook_4bit(self.quant_type, self.packed.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this tensor alone holds: codes and constants, without the shared codebooks."""
+        return self.packed.nbytes + self.absmax.nbytes
+
+    @property
+    def bits_per_parameter(self) -> float:
+        return 8 * self.nbytes / max(1, math.prod(self.shape))
+
+
+def quantize_4bit(
+    weight: Tensor,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> QuantizedTensor:
+    """Quantize a float tensor of any shape.  QLoRA (arXiv 2305.14314), section 3.
+
+    Args:
+        weight: any shape, float32, bfloat16 or float16; read row-major.
+        quant_type: `nf4`, `fp4` or `int4`.
+        block_size: a power of two, 32 to 4096.
+        double_quant: store the blocks' absmax in 8 bits.
+
+    Raises:
+        HalfbyteError: an unknown type, a block size out of range, NaN or infinity in the weight.
+    """
+    codebook = codebook_4bit(quant_type, weight.device)
+    packed, absmax = ops.quantize_4bit(weight.detach().contiguous(), codebook, block_size)
+    return QuantizedTensor(
+        packed=packed.reshape(-1, 1),
+        absmax=DoubleQuantized.from_absmax(absmax) if double_quant else absmax,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        quant_type=quant_type,
+        block_size=block_size,
+    )
+
+
+# The codebooks are constants of the format: one copy a device, whatever the number of tensors.
+
+
+@cache
+def codebook_4bit(quant_type: str, device: torch.device) -> Tensor:
+    """`(16,)` float32: what the codes 0 to 15 mean.  Raises HalfbyteError on an unknown type."""
+    if quant_type not in formats.CODEBOOKS:
+        raise HalfbyteError(f"quant_type {quant_type!r} is not known; use one of {', '.join(formats.CODEBOOKS)}.")
+    return torch.tensor(formats.CODEBOOKS[quant_type], dtype=torch.float32, device=device)
+
+
+@cache
+def codebook_8bit(device: torch.device) -> Tensor:
+    """`(256,)` float32, ascending: what the codes of a double-quantized absmax mean."""
+    return torch.tensor(formats.DYNAMIC_SIGNED, dtype=torch.float32, device=device)

@@ -1,0 +1,314 @@
+"""A fine-tuning run, told in order: check, read the data, load the model in 4 bits, train, save."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from halfbyte.checkpoint.adapter import save_adapter
+from halfbyte.checkpoint.fingerprint import weights_sha256
+from halfbyte.checkpoint.output import check_output_dir, clear_run
+from halfbyte.checkpoint.resume import find_checkpoint, read_state, restore_checkpoint, save_checkpoint
+from halfbyte.config import FinetuneConfig
+from halfbyte.data import Batch, Example, encode_rows, fingerprint, preview, read_rows, training_steps
+from halfbyte.errors import HalfbyteError
+from halfbyte.huggingface import add_lora, load_model, load_tokenizer
+from halfbyte.optim import AdamW, learning_rate_factor
+from halfbyte.recipes.display import Display
+from halfbyte.recipes.interrupt import heard_at_step_end
+from halfbyte.recipes.metrics import Metrics, check_trackers, forget_after
+from halfbyte.recipes.provenance import peak_resident_bytes, write_run_file
+from halfbyte.recipes.training import evaluate_loss, evaluation_batches, train_step
+
+# What may differ between a run and its continuation: nothing here changes a number of the training.
+_FREE_TO_CHANGE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "eval_dataset",
+    "eval_steps",
+    "per_device_eval_batch_size",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "report_to",
+}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    output_dir: str
+    steps: int
+    total_steps: int
+    loss: float  # mean over the last step's supervised tokens
+    eval_loss: float | None
+    training_seconds: float  # of this process: from the first step to the last
+    tokens_per_second: float  # without padding
+    peak_bytes: int  # the largest resident set of this process
+    base_sha256: str  # of the 4-bit weights, the same before and after
+    interrupted: bool
+
+
+def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResult:
+    """Fine-tune a model in 4 bits with LoRA; what the command line calls.  QLoRA (arXiv 2305.14314).
+
+    Raises:
+        HalfbyteError: bad input, found before anything is written over.
+    """
+    console = console or Console(stderr=True)
+    check_inputs(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    train, held_out = read_data(config, tokenizer, console)
+    torch.manual_seed(config.seed)  # the adapter's initial values, and dropout after them
+    model, _ = load_model(
+        config.model_name_or_path,
+        config.quant_type,
+        config.block_size,
+        config.double_quant,
+        getattr(torch, config.compute_dtype),
+        _device(),
+    )
+    run = Run(config, add_lora(model, _lora_config(config)), tokenizer, train, held_out, console)
+    return run.execute()
+
+
+def dry_run(config: FinetuneConfig, console: Console) -> None:
+    """Check everything that a run would, and show the first example: what is learned, and what is only read."""
+    check_inputs(config)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    train, _ = read_data(config, tokenizer, console)
+    console.print("\nthe first example; what is learned is [green]green[/green]:\n")
+    for text, learned in preview(tokenizer, train[0]):
+        console.print(text, style="green" if learned else "dim", end="", markup=False, highlight=False)
+    console.print()
+
+
+def check_inputs(config: FinetuneConfig) -> None:
+    """Everything that can be found wrong in a blink, before a model is looked for."""
+    resume = bool(config.resume_from_checkpoint)
+    check_output_dir(Path(config.output_dir), resume=resume, overwrite=config.overwrite_output_dir)
+    check_trackers(config.report_to)
+    if resume:
+        read_state(find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint))
+
+
+def read_data(
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> tuple[list[Example], list[Example]]:
+    """The training and the held-out rows, tokenized and masked; the second is empty where there are none."""
+    sets: list[list[Example]] = []
+    for path in (config.dataset, config.eval_dataset):
+        if path is None:
+            sets.append([])
+            continue
+        rows = read_rows(path, config.dataset_format)
+        examples, statistics = encode_rows(tokenizer, rows, config.max_length, config.train_on_source)
+        console.print(
+            f"{path}: {statistics.rows:,} rows, {statistics.tokens:,} tokens,"
+            f" {statistics.supervised_tokens:,} of them learned; the longest has {statistics.longest}",
+            highlight=False,
+        )
+        for warning in statistics.warnings():
+            console.print(f"  note: {warning}", style="yellow", highlight=False)
+        sets.append(examples)
+    return sets[0], sets[1]
+
+
+@dataclass
+class Run:
+    """A training that is ready to begin, and what it needs."""
+
+    config: FinetuneConfig
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Example]
+    held_out: list[Example]
+    console: Console
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.directory = Path(config.output_dir)
+        self.device = _device()
+        rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.steps_per_epoch = math.ceil(len(self.train) / rows_per_step)
+        by_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        self.total_steps = config.max_steps if config.max_steps > 0 else by_epochs
+        self.optimizer = AdamW(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.base_sha256 = weights_sha256(self.model)
+
+    def execute(self) -> RunResult:
+        first_step = self._begin()
+        write_run_file(self.directory, self.config, self.base_sha256, None)
+        self.tokenizer.save_pretrained(self.directory)
+        metrics = Metrics(self.directory, self.config.report_to, self.config.to_dict())
+        started = time.perf_counter()
+        try:
+            last = self._train(first_step, metrics)
+        finally:
+            metrics.close()
+        seconds = time.perf_counter() - started
+        save_adapter(self.model, self.directory)
+        if weights_sha256(self.model) != self.base_sha256:
+            raise RuntimeError("the frozen 4-bit weights have changed during training")
+        result = RunResult(
+            output_dir=str(self.directory),
+            steps=last["step"],
+            total_steps=self.total_steps,
+            loss=last["loss"],
+            eval_loss=last["eval_loss"],
+            training_seconds=seconds,
+            tokens_per_second=last["tokens"] / seconds,
+            peak_bytes=peak_resident_bytes(),
+            base_sha256=self.base_sha256,
+            interrupted=last["step"] < self.total_steps,
+        )
+        write_run_file(self.directory, self.config, self.base_sha256, vars(result))
+        return result
+
+    def _begin(self) -> int:
+        """Clear the directory, or restore a checkpoint; the number of steps that are done."""
+        config = self.config
+        if not config.resume_from_checkpoint:
+            clear_run(self.directory)
+            return 0
+        checkpoint = find_checkpoint(self.directory, config.resume_from_checkpoint)
+        state = read_state(checkpoint)
+        self._check_same_run(checkpoint, state)
+        restore_checkpoint(checkpoint, self.model, self.optimizer)
+        forget_after(self.directory, state["step"])
+        self.console.print(f"resuming {checkpoint} at step {state['step']}", highlight=False)
+        return int(state["step"])
+
+    def _check_same_run(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        now = self._state()
+        for key, value in now["config"].items():
+            then = state["config"].get(key)
+            if key not in _FREE_TO_CHANGE and then != value:
+                raise HalfbyteError(
+                    f"{checkpoint} was trained with {key} {then!r}, not {value!r};"
+                    " a run is resumed with its own settings."
+                )
+        for key, what in (("base_sha256", "base model"), ("data_sha256", "training data")):
+            if state[key] != now[key]:
+                raise HalfbyteError(f"{checkpoint} was trained on another {what} than this one; start a new run.")
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "base_sha256": self.base_sha256,
+            "data_sha256": fingerprint(self.train),
+            "threads": torch.get_num_threads(),
+        }
+
+    def _train(self, first_step: int, metrics: Metrics) -> dict[str, Any]:
+        config = self.config
+        last: dict[str, Any] = {"step": first_step, "loss": math.nan, "eval_loss": None, "tokens": 0}
+        with heard_at_step_end() as interrupt, Display(self.console, self.total_steps, first_step) as display:
+            for step, micro_batches in self._micro_batches(first_step):
+                values = self._one_step(step, micro_batches)
+                done = step + 1
+                final = done == self.total_steps
+                last |= {"step": done, "loss": values["loss"], "tokens": last["tokens"] + values["tokens"]}
+                if self.held_out and (final or (config.eval_steps and done % config.eval_steps == 0)):
+                    last["eval_loss"] = values["eval_loss"] = self._evaluate()
+                    display.say(f"step {done}: loss on held-out rows {values['eval_loss']:.4f}")
+                if done % config.logging_steps == 0 or "eval_loss" in values:
+                    metrics.log(done, values)
+                display.step(done, values)
+                if interrupt or (config.save_steps and (final or done % config.save_steps == 0)):
+                    checkpoint = save_checkpoint(
+                        self.directory,
+                        done,
+                        self.model,
+                        self.optimizer,
+                        self._state(),
+                        config.save_total_limit,
+                    )
+                if interrupt:
+                    display.say(f"interrupted; go on from {checkpoint} with --resume_from_checkpoint true")
+                    break
+        return last
+
+    def _one_step(self, step: int, micro_batches: list[Batch]) -> dict[str, float | int]:
+        config = self.config
+        warmup_steps = math.ceil(config.warmup_ratio * self.total_steps)
+        factor = learning_rate_factor(config.lr_scheduler_type, step, self.total_steps, warmup_steps)
+        started = time.perf_counter()
+        try:
+            values = train_step(
+                self.model,
+                self.optimizer,
+                micro_batches,
+                config.learning_rate * factor,
+                config.max_grad_norm,
+                self.device,
+            )
+        except HalfbyteError as error:
+            raise HalfbyteError(f"step {step + 1}: {error}") from error
+        seconds = time.perf_counter() - started
+        return {
+            **values,
+            "epoch": (step + 1) / self.steps_per_epoch,
+            "step_seconds": seconds,
+            "tokens_per_second": values["tokens"] / seconds,
+            "peak_bytes": peak_resident_bytes(),
+        }
+
+    def _micro_batches(self, first_step: int) -> Iterator[tuple[int, list[Batch]]]:
+        """Every step that is still to be taken, with its micro-batches: a function of seed and step alone."""
+        config = self.config
+        step = first_step
+        while step < self.total_steps:
+            epoch, start = divmod(step, self.steps_per_epoch)
+            for micro_batches in training_steps(
+                self.train,
+                seed=config.seed,
+                epoch=epoch,
+                per_device_train_batch_size=config.per_device_train_batch_size,
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
+                pad_token_id=self.tokenizer.pad_token_id,
+                start_step=start,
+            ):
+                yield step, micro_batches
+                step += 1
+                if step == self.total_steps:
+                    return
+
+    def _evaluate(self) -> float:
+        size = self.config.per_device_eval_batch_size
+        batches = evaluation_batches(self.held_out, size, self.tokenizer.pad_token_id)
+        return evaluate_loss(self.model, batches, self.device)[0]
+
+
+def _lora_config(config: FinetuneConfig) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        use_rslora=config.use_rslora,
+    )
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

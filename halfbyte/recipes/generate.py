@@ -1,0 +1,45 @@
+"""One answer to one prompt."""
+
+from collections.abc import Callable
+
+import torch
+
+from halfbyte.data import render_chat
+from halfbyte.huggingface import load_model
+from halfbyte.huggingface.generate import generate_texts
+from halfbyte.huggingface.peft import load_adapter
+
+
+def generate(
+    model_name_or_path: str,
+    prompt: str,
+    *,
+    adapter: str | None = None,
+    system: str | None = None,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    compute_dtype: str = "bfloat16",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 42,
+    stream: Callable[[str], None] | None = None,
+) -> str:
+    """Answer a prompt in the model's own chat template, or go on with it where there is none; greedy at 0.
+
+    Raises:
+        HalfbyteError: whatever `load_model` and `load_adapter` refuse.
+    """
+    model, tokenizer = load_model(
+        model_name_or_path, quant_type, block_size, double_quant, getattr(torch, compute_dtype)
+    )
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    messages = [{"role": "system", "content": system}] if system else []
+    if tokenizer.chat_template:
+        messages.append({"role": "user", "content": prompt})
+        prompt = render_chat(tokenizer, messages, "the prompt", add_generation_prompt=True)
+    torch.manual_seed(seed)
+    (answer,) = generate_texts(model, tokenizer, [prompt], max_new_tokens, temperature, top_p, stream)
+    return answer

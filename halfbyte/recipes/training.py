@@ -1,0 +1,68 @@
+"""One optimizer step, and the loss on held-out rows."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from halfbyte.data import Batch, Example, collate
+from halfbyte.errors import HalfbyteError
+from halfbyte.nn import count_supervised, supervised_loss
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[Batch],
+    learning_rate: float,
+    max_grad_norm: float,
+    device: torch.device,
+) -> dict[str, float | int]:
+    """Forward, backward, clip and update.  Returns `loss`, `grad_norm` and the tokens that were counted.
+
+    The loss is the mean over the supervised tokens of the whole step, so it and its gradient are the same
+    however the rows are split into micro-batches.
+
+    Raises:
+        HalfbyteError: the gradient is not finite; nothing was updated.
+    """
+    model.train()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    supervised = sum(count_supervised(batch) for batch in micro_batches)
+    total = torch.zeros((), device=device)
+    for batch in micro_batches:
+        loss = supervised_loss(model, {key: value.to(device) for key, value in batch.items()})
+        (loss / supervised).backward()
+        total += loss.detach()
+    # A limit of 0 means no clipping, as in transformers; the norm is wanted all the same.
+    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+    if not torch.isfinite(grad_norm):
+        raise HalfbyteError("the gradient is not finite; lower learning_rate or max_grad_norm and run again.")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {
+        "loss": total.item() / supervised,
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm.item(),
+        "supervised_tokens": supervised,
+        "tokens": sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
+    }
+
+
+@torch.no_grad()
+def evaluate_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> tuple[float, int]:
+    """The mean loss over the supervised tokens of all batches, and how many those are."""
+    model.eval()
+    total, supervised = 0.0, 0
+    for batch in batches:
+        total += supervised_loss(model, {key: value.to(device) for key, value in batch.items()}).item()
+        supervised += count_supervised(batch)
+    return total / supervised, supervised
+
+
+def evaluation_batches(examples: Sequence[Example], size: int, pad_token_id: int | None) -> Iterator[Batch]:
+    """All examples, those of like length together, so that little is padded."""
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    return (collate(ordered[start : start + size], pad_token_id) for start in range(0, len(ordered), size))
