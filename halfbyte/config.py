@@ -253,7 +253,9 @@ class EvaluationKeys(Config):
 class GenerationKeys(Config):
     """Generation"""
 
-    prompt: str = Field(min_length=1, description="What the user says; - reads it from standard input.")
+    prompt: Annotated[str, _NonEmpty, Allowed("text", "TEXT")] = Field(
+        description="What the user says; - reads it from standard input."
+    )
     system: str | None = Field(None, description="The system message.")
     adapter: PathText | None = Field(None, description="The directory of a LoRA adapter to put on the model.")
     max_new_tokens: int = Field(256, ge=1, description="Longest answer, in tokens.")
@@ -433,8 +435,12 @@ def load_config(cls: type[ConfigT], yaml_path: str | Path | None, overrides: Map
 
 
 def _sentence(cls: type[Config], error: ValidationError, place: Callable[[str], str], file: str | None) -> str:
-    # What was written wrongly comes before what was not written.
-    first = min(error.errors(include_url=False), key=lambda detail: detail["type"] == "missing")
+    # What was written wrongly comes before what was not written; then in the order a person reads the keys.
+    order = ["keys_disagree", *(key for keys in cls.sections().values() for key in keys)]
+    first = min(
+        error.errors(include_url=False),
+        key=lambda detail: (detail["type"] == "missing", order.index(str((*detail["loc"], detail["type"])[0]))),
+    )
     if first["type"] == "keys_disagree":
         return f"{place(first['ctx']['key']).removesuffix('--')}{first['ctx']['sentence']}"
     key = str(first["loc"][0])

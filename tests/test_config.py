@@ -141,15 +141,15 @@ def test_a_wrong_line_is_told_in_one_sentence(write, line: str, sentence: str) -
         ("- a\n- b\n", "run.yaml:1: expected lines of the form `key: value`"),
         ("\n\njust words\n", "run.yaml:3: expected lines of the form `key: value`"),
         (b"\xff\xfe\x00", "run.yaml: not UTF-8 text (byte 0), so not a YAML file"),
-        ("", "output_dir is missing (a path): set it in run.yaml or give --output_dir"),
-        ("# nothing but a comment\n", "output_dir is missing"),
+        ("", "dataset is missing (the path of a data file): set it in run.yaml or give --dataset"),
+        ("# nothing but a comment\n", "dataset is missing"),
         ("~\n", "run.yaml:1: expected lines of the form `key: value`"),
     ],
 )
 def test_a_file_that_is_no_configuration(write, content: str | bytes, sentence: str) -> None:
     path = write(content)
     with pytest.raises(HalfbyteError, match=re.escape(sentence)):
-        load_config(FinetuneConfig, path, {"model_name_or_path": "model", "dataset": "rows.jsonl"})
+        load_config(FinetuneConfig, path, {"model_name_or_path": "model"})
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import click
 
+from halfbyte.cli.terminal import printable
 from halfbyte.config import nearest
 from halfbyte.errors import HalfbyteError
 
@@ -106,7 +107,6 @@ def _complain(sentence: str) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    # One line whatever a file name or a value contains, and nothing in it that a terminal would obey.
-    line = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in sentence)
-    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True, highlight=False)
+    line = Text.assemble(("error: ", "bold red"), printable(sentence))
+    Console(stderr=True).print(line, soft_wrap=True, highlight=False)
     return EXIT_BAD_INPUT

@@ -8,8 +8,10 @@ import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from halfbyte.cli.flags import config_command
+from halfbyte.cli.terminal import printable
 from halfbyte.config import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -60,6 +62,9 @@ def _samples(result: "EvaluationResult") -> Table:
     table.add_column("expected", ratio=1)
     table.add_column("got", ratio=1)
     for sample in shown:
-        colour = "green" if sample.got == sample.expected else "red"
-        table.add_row(escape(sample.prompt), escape(sample.expected), f"[{colour}]{escape(sample.got)}[/{colour}]")
+        prompt, expected, got = (
+            Text(printable(text, keep="\n\t")) for text in (sample.prompt, sample.expected, sample.got)
+        )
+        got.stylize("green" if sample.got == sample.expected else "red")
+        table.add_row(prompt, expected, got)
     return table

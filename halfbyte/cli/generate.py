@@ -3,6 +3,7 @@
 import sys
 
 from halfbyte.cli.flags import config_command
+from halfbyte.cli.terminal import printable
 from halfbyte.config import GenerateConfig
 
 
@@ -19,5 +20,5 @@ def command(config: GenerateConfig) -> None:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text, keep="\n\t"))
     sys.stdout.flush()
