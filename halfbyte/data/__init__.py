@@ -1,0 +1,28 @@
+"""From a file to batches: rows -> (template, mask) -> examples -> optimizer steps of padded micro-batches."""
+
+from halfbyte.data.batches import Batch, collate, epoch_order, padded_share, plan_steps, training_steps
+from halfbyte.data.encoding import EncodingStatistics, encode_rows
+from halfbyte.data.examples import IGNORE_INDEX, Example, fingerprint, preview
+from halfbyte.data.rows import Alpaca, Row, read_rows
+from halfbyte.data.templates import Tokenizer, render_alpaca_prompt, render_chat
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Alpaca",
+    "Batch",
+    "EncodingStatistics",
+    "Example",
+    "Row",
+    "Tokenizer",
+    "collate",
+    "encode_rows",
+    "epoch_order",
+    "fingerprint",
+    "padded_share",
+    "plan_steps",
+    "preview",
+    "read_rows",
+    "render_alpaca_prompt",
+    "render_chat",
+    "training_steps",
+]

@@ -1,0 +1,57 @@
+"""One tokenized text with its labels, and what can be asked of it."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.data.templates import Tokenizer
+
+IGNORE_INDEX = -100  # the label of a token that is not learned, as in torch's cross entropy
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenized text.
+
+    `input_ids` and `labels` are (length,) int32 and aligned: `labels[i]` is `input_ids[i]` where that token
+    is learned and -100 elsewhere; the shift by one is the loss's. `labels[0]` is always -100, as nothing
+    predicts the first token, so the labels that are not -100 are exactly the terms of the loss.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    source: str = ""
+
+    @property
+    def supervised_tokens(self) -> int:
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A SHA-256 of all ids and labels in their order: a resumed run compares it, so that changed data are
+    noticed."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.input_ids).to_bytes(8, "little"))
+        digest.update(example.input_ids.to(torch.int32).numpy().tobytes())
+        digest.update(example.labels.to(torch.int32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def preview(tokenizer: Tokenizer, example: Example) -> list[tuple[str, bool]]:
+    """The example as text, in pieces that are learned (True) or not, with the control tokens visible.
+
+    Joined, the pieces are the decoded example.
+    """
+    ids, learned = example.input_ids.tolist(), (example.labels != IGNORE_INDEX).tolist()
+    ends = [i for i in range(1, len(ids) + 1) if i == len(ids) or learned[i] != learned[i - 1]]
+    pieces, shown = [], ""
+    for end in ends:
+        # From the beginning each time: decoded alone, a piece may lose the space it begins with.
+        text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        pieces.append((text[len(shown) :], learned[end - 1]))
+        shown = text
+    return pieces
