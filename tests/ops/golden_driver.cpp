@@ -1,0 +1,76 @@
+// Runs one instruction set's kernels on cases written by test_neon.py and compares them with what the reference
+// wrote, byte for byte. Built and run on a processor other than the tests' own, so it knows no Python.
+//
+// A case: int64 op, dtype, n, block_size, count of codebook entries; the codebook; then, for
+//   op 0, 1 (quantize 4-, 8-bit)      values, expected codes, expected absmax
+//   op 2, 3 (dequantize 4-, 8-bit)    codes, absmax, expected values
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "../../csrc/codebook.hpp"
+#include "../../csrc/kernels/table.hpp"
+
+using namespace halfbyte;
+using Bytes = std::vector<unsigned char>;
+
+static Bytes read(std::FILE* file, int64_t size) {
+    Bytes bytes(static_cast<size_t>(size));
+    if (size > 0 && std::fread(bytes.data(), 1, bytes.size(), file) != bytes.size()) std::abort();
+    return bytes;
+}
+
+static const float* floats(const Bytes& bytes) { return reinterpret_cast<const float*>(bytes.data()); }
+
+static bool run_case(std::FILE* file, const int64_t* head) {
+    const Kernels& kernels = HALFBYTE_ISA::kernels;
+    const int64_t op = head[0], n = head[2], block_size = head[3];
+    const DType dtype = static_cast<DType>(head[1]);
+    const Bytes codebook = read(file, 4 * head[4]);
+    const int64_t value_bytes = n * (dtype == DType::f32 ? 4 : 2);
+    const int64_t code_bytes = op % 2 == 0 ? (n + 1) / 2 : n;
+    const int64_t absmax_bytes = 4 * ((n + block_size - 1) / block_size);
+    if (op < 2) {
+        const Bytes values = read(file, value_bytes);
+        const Bytes codes = read(file, code_bytes), absmax = read(file, absmax_bytes);
+        Bytes got_codes(codes.size(), 0xa5), got_absmax(absmax.size(), 0xa5);
+        float* scales = reinterpret_cast<float*>(got_absmax.data());
+        int64_t bad = 0;
+        if (op == 0) {
+            const Codebook16 prepared = prepare_codebook16(floats(codebook));
+            bad = kernels.quantize_4bit({values.data(), dtype, n, block_size, &prepared, got_codes.data(), scales}, 1);
+        } else {
+            Codebook256 prepared;
+            if (!prepare_codebook256(floats(codebook), &prepared)) return false;
+            bad = kernels.quantize_8bit({floats(values), n, block_size, &prepared, got_codes.data(), scales}, 1);
+        }
+        return bad == -1 && got_codes == codes && got_absmax == absmax;
+    }
+    const Bytes codes = read(file, code_bytes), absmax = read(file, absmax_bytes), values = read(file, value_bytes);
+    Bytes got(values.size(), 0xa5);
+    if (op == 2)
+        kernels.dequantize_4bit({codes.data(), floats(absmax), floats(codebook), n, block_size, got.data(), dtype}, 1);
+    else
+        kernels.dequantize_8bit(
+            {codes.data(), floats(absmax), floats(codebook), n, block_size, reinterpret_cast<float*>(got.data())}, 1);
+    return got == values;
+}
+
+int main(int, char** arguments) {
+    std::FILE* file = std::fopen(arguments[1], "rb");
+    if (!file) return 2;
+    int64_t head[5];
+    int cases = 0, wrong = 0;
+    while (std::fread(head, sizeof head, 1, file) == 1) {
+        ++cases;
+        if (!run_case(file, head)) {
+            ++wrong;
+            std::printf("differs: op %d dtype %d n %d block_size %d\n", static_cast<int>(head[0]),
+                        static_cast<int>(head[1]), static_cast<int>(head[2]), static_cast<int>(head[3]));
+        }
+    }
+    std::printf("%s: %d cases, %d wrong\n", HALFBYTE_ISA::kernels.name, cases, wrong);
+    return wrong == 0 ? 0 : 1;
+}

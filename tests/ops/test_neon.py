@@ -1,0 +1,73 @@
+"""The aarch64 kernels, on any machine: cross-compiled, run under qemu, held to the reference byte for byte.
+
+Debian: apt-get install g++-aarch64-linux-gnu qemu-user
+"""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import CODEBOOKS_16, CODEBOOKS_256, DTYPES, by_reference, hostile_values
+
+from halfbyte import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+SIZES = (0, 1, 2, 31, 32, 33, 63, 64, 65, 1000, 4097)
+
+pytestmark = pytest.mark.skipif(
+    COMPILER is None or EMULATOR is None,
+    reason="aarch64-linux-gnu-g++ or qemu-aarch64 is missing (packages g++-aarch64-linux-gnu and qemu-user)",
+)
+
+
+def case(op: int, dtype: torch.dtype, n: int, block_size: int, codebook: torch.Tensor, *arrays: torch.Tensor) -> bytes:
+    head = torch.tensor([op, DTYPES.index(dtype), n, block_size, len(codebook)])
+    return b"".join(bytes(t.contiguous().view(-1).view(torch.uint8).numpy()) for t in (head, codebook, *arrays))
+
+
+def cases() -> Iterator[bytes]:
+    f32 = torch.float32
+    for n in SIZES:
+        for block_size in (32, 64, 4096):
+            for codebook in CODEBOOKS_16.values():
+                for dtype in DTYPES:
+                    values = (torch.randn(n) if dtype == torch.float16 else hostile_values(n, codebook)).to(dtype)
+                    packed, absmax = by_reference(ops.quantize_4bit, values, codebook, block_size)
+                    restored = by_reference(ops.dequantize_4bit, packed, absmax, codebook, block_size, [n], dtype)
+                    yield case(0, dtype, n, block_size, codebook, values, packed, absmax)
+                    yield case(2, dtype, n, block_size, codebook, packed, absmax, restored)
+            for codebook in CODEBOOKS_256.values():
+                values = hostile_values(n, codebook)
+                codes, absmax = by_reference(ops.quantize_8bit, values, codebook, block_size)
+                restored = by_reference(ops.dequantize_8bit, codes, absmax, codebook, block_size)
+                yield case(1, f32, n, block_size, codebook, values, codes, absmax)
+                yield case(3, f32, n, block_size, codebook, codes, absmax, restored)
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("golden") / "cases"
+    path.write_bytes(b"".join(cases()))
+    return path
+
+
+@pytest.mark.parametrize("instruction_set", ["neon", "portable"])
+def test_equals_reference_under_emulation(instruction_set: str, golden: Path, tmp_path: Path) -> None:
+    kernels = sorted((ROOT / "csrc" / "kernels").glob("*.cpp"))
+    sources = [*kernels, ROOT / "csrc/codebook.cpp", ROOT / "csrc/threads.cpp", ROOT / "tests/ops/golden_driver.cpp"]
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-static"]
+    driver = tmp_path / "driver"
+    assert COMPILER is not None
+    assert EMULATOR is not None
+    build = [COMPILER, *flags, f"-DHALFBYTE_ISA={instruction_set}", *map(str, sources), "-o", str(driver)]
+    built = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    ran = subprocess.run([EMULATOR, str(driver), str(golden)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    count = len(SIZES) * 3 * (len(CODEBOOKS_16) * len(DTYPES) * 2 + len(CODEBOOKS_256) * 2)
+    assert ran.stdout == f"{instruction_set}: {count} cases, 0 wrong\n"
