@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -33,16 +32,21 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(result.to_dict(), ensure_ascii=False, indent=2) + "\n")
         return
-    console = Console()
-    console.print(_figures(config, result))
+    console = Console(highlight=False)
+    what = f"{config.model_name_or_path} with {config.adapter}" if config.adapter else config.model_name_or_path
+    console.print(f"{what} on {config.dataset}", style="bold", markup=False, soft_wrap=True)
+    console.print(_figures(result))
     if result.samples:
+        console.print(
+            f"\nthe first {len(result.samples[:SAMPLES_SHOWN])} of {len(result.samples)} answers", style="bold"
+        )
         console.print(_samples(result))
     if config.output is not None:
-        console.print(f"written to {config.output}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"written to {config.output}", markup=False, soft_wrap=True)
 
 
-def _figures(config: EvaluateConfig, result: "EvaluationResult") -> Table:
-    table = Table(title=escape(config.adapter or config.model_name_or_path), title_justify="left", show_header=False)
+def _figures(result: "EvaluationResult") -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row("rows", f"{result.rows:,}")
@@ -56,15 +60,14 @@ def _figures(config: EvaluateConfig, result: "EvaluationResult") -> Table:
 
 
 def _samples(result: "EvaluationResult") -> Table:
-    shown = result.samples[:SAMPLES_SHOWN]
-    table = Table(title=f"the first {len(shown)} answers", title_justify="left", show_lines=True)
-    table.add_column("prompt", ratio=1)
-    table.add_column("expected", ratio=1)
-    table.add_column("got", ratio=1)
-    for sample in shown:
+    table = Table(show_lines=True)
+    for heading in ("prompt", "expected", "got"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    table.add_column("match")
+    for sample in result.samples[:SAMPLES_SHOWN]:
         prompt, expected, got = (
             Text(printable(text, keep="\n\t")) for text in (sample.prompt, sample.expected, sample.got)
         )
-        got.stylize("green" if sample.got == sample.expected else "red")
-        table.add_row(prompt, expected, got)
+        match = Text("yes", "green") if sample.got == sample.expected else Text("no", "red")
+        table.add_row(prompt, expected, got, match)
     return table
