@@ -17,7 +17,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-import annotated_types
 import yaml
 from pydantic import (
     AfterValidator,
@@ -34,6 +33,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from halfbyte.errors import HalfbyteError
+
+# What accelerate.tracking can send metrics to (docs/decisions/0006).
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 # ── What a value may be ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -78,6 +80,12 @@ def _trackers_from_text(value: object) -> object:
     return [] if value.strip().lower() == "none" else [name.strip() for name in value.split(",")]
 
 
+def _known_tracker(name: str) -> str:
+    if name not in TRACKERS:
+        raise ValueError("not a tracker")
+    return name
+
+
 def _boolean_or_path(value: object) -> object:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
@@ -93,11 +101,10 @@ ModelName = Annotated[
     Allowed("a model directory, a .gguf file or a hub id", "MODEL"),
 ]
 DataPath = Annotated[str, _NonEmpty, AfterValidator(_expand_home), Allowed("the path of a data file", "PATH")]
-Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 Trackers = Annotated[
-    list[Tracker],
+    list[Annotated[str, AfterValidator(_known_tracker)]],
     BeforeValidator(_trackers_from_text),
-    Allowed("none, or names from " + ", ".join(get_args(Tracker)), "NAMES"),
+    Allowed("none, or names from " + ", ".join(TRACKERS), "NAMES"),
 ]
 
 
@@ -335,18 +342,10 @@ def _join(words: list[str]) -> str:
 
 
 def _bounds(metadata: list[Any]) -> str:
-    low = high = ""
-    for item in metadata:
-        match item:
-            case annotated_types.Ge(ge=limit):
-                low = f"of at least {limit}"
-            case annotated_types.Gt(gt=limit):
-                low = f"above {limit}"
-            case annotated_types.Le(le=limit):
-                high = f"at most {limit}"
-            case annotated_types.Lt(lt=limit):
-                high = f"below {limit}"
-    return " and ".join(words for words in (low, high) if words)
+    # pydantic keeps `ge=1` as an object with an attribute `ge`.
+    words = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
+    limits = {name: limit for name in words for item in metadata if (limit := getattr(item, name, None)) is not None}
+    return " and ".join(f"{words[name]} {limit}" for name, limit in limits.items())
 
 
 def allowed(field: FieldInfo) -> Allowed:
