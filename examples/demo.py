@@ -1,9 +1,9 @@
 """`make demo`: a real model in 4 bits, fine-tuned on a practical task, measured before and after.
 
-    quantize   the pretrained model to NF4 with double quantization
-    evaluate   it on held-out rows: how many answers are right to the letter?
-    finetune   LoRA on the frozen 4-bit weights, as examples/requests.yaml says
-    evaluate   the same rows again, with the adapter
+quantize   the pretrained model to NF4 with double quantization
+evaluate   it on held-out rows: how many answers are right to the letter?
+finetune   LoRA on the frozen 4-bit weights, as examples/requests.yaml says
+evaluate   the same rows again, with the adapter
 """
 
 import argparse
@@ -26,7 +26,11 @@ SAMPLES = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="the pretrained model: a directory or a .gguf file")
+    parser.add_argument(
+        "--model",
+        default="models/SmolLM2-135M-Instruct.Q4_1.gguf",
+        help="the pretrained model: a directory or a .gguf file",
+    )
     parser.add_argument("--config", type=Path, default=HERE / "requests.yaml")
     arguments = parser.parse_args()
     console = Console(width=None if Console().is_terminal else 100, highlight=False)
