@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import torch
@@ -14,12 +15,11 @@ from halfbyte.ops.dequantize_4bit import reference
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    import bitsandbytes  # noqa: F401, PLC0415  (registers torch.ops.bitsandbytes)
-
+    importlib.import_module("bitsandbytes")  # registers torch.ops.bitsandbytes
     quant_type = quant_type_of(codebook)
     if quant_type is None or math.prod(shape) == 0:
         return reference.dequantize_4bit(packed, absmax, codebook, block_size, shape, dtype)
     values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
         packed.contiguous(), absmax.contiguous(), block_size, quant_type, shape, dtype
     )
-    return values
+    return values.view(shape)  # a single dimension comes back as a row

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int) -> Tensor:
-    import bitsandbytes  # noqa: F401, PLC0415  (registers torch.ops.bitsandbytes)
-
+    importlib.import_module("bitsandbytes")  # registers torch.ops.bitsandbytes
     values: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
         codes.contiguous(), absmax.contiguous(), codebook.contiguous(), block_size, torch.float32
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,7 @@ from halfbyte.ops.quantize_4bit import reference
 
 
 def quantize_4bit(values: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    import bitsandbytes  # noqa: F401, PLC0415  (registers torch.ops.bitsandbytes)
-
+    importlib.import_module("bitsandbytes")  # registers torch.ops.bitsandbytes
     quant_type = quant_type_of(codebook)
     n = values.numel()
     if quant_type is None or n == 0:
