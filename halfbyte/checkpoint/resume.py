@@ -126,6 +126,7 @@ def _random_states() -> dict[str, torch.Tensor]:
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(file)
+        tensors: dict[str, torch.Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:
         raise HalfbyteError(f"{file} cannot be read ({error}); resume from another checkpoint.") from error
+    return tensors

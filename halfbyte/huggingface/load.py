@@ -1,5 +1,6 @@
 """A causal language model in 4 bits, built on the meta device and filled tensor by tensor."""
 
+import sys
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.gguf import read_gguf_tensors
@@ -87,6 +89,8 @@ def _build(
     device: torch.device | str,
 ) -> PreTrainedModel:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # a bar that cannot be redrawn is a page of noise
     try:
         with first_conversion_error():
             model, report = model_class.from_pretrained(

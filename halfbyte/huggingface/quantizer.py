@@ -48,7 +48,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         skip_modules: list[str] | None = None,
         **_: Any,  # from_dict passes quant_method
     ) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD
         self.quant_type = quant_type
         self.block_size = block_size
         self.double_quant = double_quant
@@ -94,7 +94,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 class Quantizer(HfQuantizer):  # type: ignore[misc]
     """Drives QuantizationConfig through `from_pretrained`."""
 
-    serialized_names: ClassVar = {
+    serialized_names: ClassVar[dict[str, list[str]]] = {
         "weight": [
             "weight",
             "weight.absmax",
@@ -109,19 +109,32 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
     quantized_element_size = 0.5
     is_trainable = True
 
+    def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.config = quantization_config
+        self.transposed: set[str] = set()  # weights that the checkpoint holds as (in, out), as GPT-2's
+
     def is_serializable(self) -> bool:
         return True
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
-        module_name, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(module_name), Linear4bit)
+        module_name, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and isinstance(model.get_submodule(module_name), Linear4bit)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        config = self.quantization_config
-        keep = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
+        keep = self.get_modules_to_not_convert(model, self.config.skip_modules, model._keep_in_fp32_modules)
         for name, module in list(model.named_modules()):
-            if should_convert_module(name, keep) and (type(module) is nn.Linear or isinstance(module, Conv1D)):
-                model.set_submodule(name, _empty_layer(module, config, model.dtype))
+            if not should_convert_module(name, keep):
+                continue
+            if isinstance(module, Conv1D):
+                self.transposed.add(f"{name}.weight")
+                in_features, out_features = module.weight.shape
+            elif type(module) is nn.Linear:
+                out_features, in_features = module.weight.shape
+            else:
+                continue
+            has_bias = module.bias is not None
+            model.set_submodule(name, _empty_layer(in_features, out_features, has_bias, self.config, model.dtype))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         # Saving reverses a model's conversions; ours are already undone by Linear4bit's state dict.
@@ -131,12 +144,12 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
             for conversion in model._weight_conversions or []
             if not any(isinstance(operation, own) for operation in getattr(conversion, "operations", ()))
         ]
-        if self.quantization_config.conversions is not None:
+        if self.config.conversions is not None:
             model._weight_conversions = None
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        if self.quantization_config.conversions is not None:
-            return self.quantization_config.conversions
+        if self.config.conversions is not None:
+            return self.config.conversions
         converted: list[Any] = super().update_weight_conversions(weight_conversions, model)
         return converted
 
@@ -155,14 +168,14 @@ class Quantize(ConversionOps):  # type: ignore[misc]
 
     def convert(self, input_dict: dict[str, Any], model: PreTrainedModel | None = None, **_: Any) -> dict[str, Tensor]:
         assert model is not None
-        config = self.hf_quantizer.quantization_config
+        config = self.hf_quantizer.config
         converted: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             layer = model.get_submodule(name.rpartition(".")[0])
             weight = _only(value)
             try:
                 layer.quantized = quantize_4bit(
-                    weight.T if layer.transposed else weight,
+                    weight.T if name in self.hf_quantizer.transposed else weight,
                     config.quant_type,
                     config.block_size,
                     config.double_quant,
@@ -205,28 +218,26 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
         return Deserialize(self.hf_quantizer)
 
 
-def _empty_layer(module: nn.Module, config: QuantizationConfig, dtype: torch.dtype) -> Linear4bit:
-    transposed = isinstance(module, Conv1D)  # GPT-2 keeps (in, out)
-    shape = module.weight.shape
-    in_features, out_features = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
+def _empty_layer(
+    in_features: int, out_features: int, bias: bool, config: QuantizationConfig, dtype: torch.dtype
+) -> Linear4bit:
     layer = Linear4bit(
         in_features,
         out_features,
-        module.bias is not None,
+        bias,
         quant_type=config.quant_type,
         block_size=config.block_size,
         double_quant=config.double_quant,
         compute_dtype=config.compute_dtype,
         device="meta",
     )
-    layer.transposed = transposed
     if layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
-    layer._is_hf_initialized = True  # or transformers draws random numbers into the codes
+    layer.__dict__["_is_hf_initialized"] = True  # or transformers draws random numbers into the codes
     return layer
 
 
-def _only(value: Any) -> Tensor:
+def _only(value: Tensor | list[Tensor]) -> Tensor:
     return value[0] if isinstance(value, list) else value
 
 

@@ -94,7 +94,8 @@ def read_safetensors(directory: Path) -> dict[str, Any]:
         try:
             # pread, not a memory map: pages of the file would count as this process's memory.
             handle = safe_open(file, framework="pt", backend="pread")
-            tensors.update({name: handle.get_slice(name) for name in handle.keys()})  # noqa: SIM118
+            names = handle.keys()  # type: ignore[no-untyped-call]
+            tensors.update({name: handle.get_slice(name) for name in names})  # type: ignore[no-untyped-call]
         except (SafetensorError, OSError) as error:
             raise HalfbyteError(
                 f"{file} is not a readable safetensors file ({error}); fetch or copy it again."

@@ -59,10 +59,14 @@ class Linear4bit(nn.Linear):
         self.compute_dtype = compute_dtype
         codes = torch.empty((in_features * out_features + 1) // 2, 1, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
-        empty_bias = torch.zeros(out_features, dtype=compute_dtype, device=device) if bias else None
-        self.bias = None if empty_bias is None else nn.Parameter(empty_bias, requires_grad=False)
+        self.bias: nn.Parameter | None = None  # type: ignore[assignment]  # as in nn.Linear, which says otherwise
+        if bias:
+            zeros = torch.zeros(out_features, dtype=compute_dtype, device=device)
+            self.bias = nn.Parameter(zeros, requires_grad=False)
         self.weight_dtype = compute_dtype
         # Persistent, or transformers would make them anew after loading; written under other names all the same.
+        self.absmax: Tensor | None
+        self.nested_absmax: Tensor | None
         self.register_buffer("absmax", None)
         self.register_buffer("nested_absmax", None)
         self.nested_offset = 0.0
@@ -115,13 +119,13 @@ class Linear4bit(nn.Linear):
         self.weight_dtype = quantized.dtype
         nested = quantized.absmax if isinstance(quantized.absmax, DoubleQuantized) else None
         self.double_quant = nested is not None
-        self.absmax = nested.codes if nested else quantized.absmax
+        self.absmax = quantized.absmax.codes if isinstance(quantized.absmax, DoubleQuantized) else quantized.absmax
         self.nested_absmax = nested.absmax if nested else None
         self.nested_offset = nested.offset if nested else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`, computed in `compute_dtype`, returned in the dtype of `x`."""
-        y: Tensor = _FrozenProduct.apply(x.to(self.compute_dtype), self.quantized)
+        y: Tensor = _FrozenProduct.apply(x.to(self.compute_dtype), self.quantized)  # type: ignore[no-untyped-call]
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype)
@@ -139,7 +143,8 @@ class Linear4bit(nn.Linear):
             is_constant = any(tensor is constant for constant in constants)
             return fn(tensor.view(torch.uint8)).view(tensor.dtype) if is_constant else fn(tensor)  # type: ignore[no-any-return]
 
-        return super()._apply(keep_constants, recurse)
+        super()._apply(keep_constants, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -13,6 +13,7 @@ Beside `X` (the packed codes, uint8) stand
 import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,12 +79,12 @@ def from_keys(name: str, packed: Tensor, keys: Mapping[str, Tensor]) -> Quantize
     return QuantizedTensor(codes.reshape(-1, 1), absmax, shape, dtype, quant_type, block_size)
 
 
-def _quant_state(name: str, keys: Mapping[str, Tensor]) -> dict[str, object] | dict[str, "object"]:
+def _quant_state(name: str, keys: Mapping[str, Tensor]) -> dict[str, Any]:
     found = [key for key in keys if key.startswith(QUANT_STATE_PREFIX)]
     if len(found) != 1:
         raise HalfbyteError(f"{name}: the 4-bit checkpoint has no {QUANT_STATE_PREFIX}* beside it.")
     try:
-        state = json.loads(bytes(keys[found[0]].cpu().tolist()))
+        state: dict[str, Any] = json.loads(bytes(keys[found[0]].cpu().tolist()))
         valid = (
             state["quant_type"] == found[0].removeprefix(QUANT_STATE_PREFIX)
             and state["blocksize"] > 0
@@ -94,7 +95,7 @@ def _quant_state(name: str, keys: Mapping[str, Tensor]) -> dict[str, object] | d
         valid = False
     if not valid:
         raise HalfbyteError(f"{name}.{found[0]}: the quantization state does not read as JSON of this format.")
-    return state  # type: ignore[no-any-return]
+    return state
 
 
 def _get(name: str, keys: Mapping[str, Tensor], suffix: str) -> Tensor:

@@ -21,9 +21,9 @@ def heard_at_step_end() -> Iterator[Interrupt]:
     """Within the block the first SIGINT or SIGTERM sets the flag; a second one acts as it always does."""
     interrupt = Interrupt()
 
-    def request(signal_number: int, _: FrameType | None) -> None:
+    def request(number: int, _: FrameType | None) -> None:
         interrupt.requested = True
-        signal.signal(signal_number, before[signal_number])
+        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

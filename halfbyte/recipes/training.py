@@ -32,7 +32,7 @@ def train_step(
     total = torch.zeros((), device=device)
     for batch in micro_batches:
         loss = supervised_loss(model, {key: value.to(device) for key, value in batch.items()})
-        (loss / supervised).backward()
+        (loss / supervised).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     # A limit of 0 means no clipping, as in transformers; the norm is wanted all the same.
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
