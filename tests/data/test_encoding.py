@@ -141,3 +141,5 @@ def test_the_fingerprint_notices_every_change():
         [first, second, second],
     ]
     assert same not in {fingerprint(other) for other in others}
+    # The same numbers in a row, but other examples.
+    assert fingerprint([example([1, 2], [3, 4])]) != fingerprint([example([1], [2]), example([3], [4])])

@@ -175,6 +175,15 @@ def test_an_answer_without_an_end_token_is_counted(byte_level):
     assert "may not learn to stop" in statistics.warnings()[0]
 
 
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_spaces_that_end_an_answer_are_learned(byte_level, trim_offsets):
+    template = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}  {% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    tokenizer = byte_level(trim_offsets, template=template)
+    encoded, _ = encode(tokenizer, chat("hello", "four"))
+    assert encoded == [expect(tokenizer, ("user:\nhello  assistant:\n", GIVEN), ("four  ", LEARNED))]
+
+
 def test_train_on_source_learns_everything_but_the_first_token(byte_level, templates):
     tokenizer = byte_level(template=templates["llama3"])
     (((ids, labels),), _) = encode(tokenizer, TALK, train_on_source=True)
