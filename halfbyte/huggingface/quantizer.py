@@ -118,7 +118,7 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
-        module_name, _, leaf = param_name.rpartition(".")
+        module_name, _dot, leaf = param_name.rpartition(".")
         return leaf == "weight" and isinstance(model.get_submodule(module_name), Linear4bit)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
