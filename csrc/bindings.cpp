@@ -1,6 +1,6 @@
 // The only file that knows Python. Tensors arrive as addresses: shapes, types, devices and contiguity are the
-// business of halfbyte/ops, where the contract of each op is checked (docs/decisions/0010). Every function lets
-// go of the interpreter while it works.
+// business of halfbyte/ops, where the contract of each op is checked (docs/decisions/0010). Every function
+// lets go of the interpreter while it works.
 
 #include <nanobind/nanobind.h>
 
@@ -15,8 +15,8 @@ namespace nb = nanobind;
 namespace halfbyte {
 namespace {
 
-// The entry in use, and the name of the last that ran: an entry's name is compiled with its kernels, so this is
-// what executed and not what was asked for.
+// The entry in use, and the name of the last that ran: an entry's name is compiled with its kernels, so this
+// is what executed and not what was asked for.
 std::atomic<const Kernels*> selected{nullptr};
 std::atomic<const char*> executed{nullptr};
 
@@ -61,16 +61,17 @@ T* at(uintptr_t address) {
 int64_t quantize_4bit(uintptr_t values, int dtype, int64_t n, int64_t block_size, uintptr_t codebook,
                       uintptr_t packed, uintptr_t absmax, int threads) {
     const Codebook16 prepared = prepare_codebook16(at<const float>(codebook));
-    return begin_call().quantize_4bit({at<const void>(values), static_cast<DType>(dtype), n, block_size, &prepared,
-                                       at<uint8_t>(packed), at<float>(absmax)},
+    return begin_call().quantize_4bit({at<const void>(values), static_cast<DType>(dtype), n, block_size,
+                                       &prepared, at<uint8_t>(packed), at<float>(absmax)},
                                       threads);
 }
 
 void dequantize_4bit(uintptr_t packed, uintptr_t absmax, uintptr_t codebook, int64_t n, int64_t block_size,
                      uintptr_t values, int dtype, int threads) {
-    begin_call().dequantize_4bit({at<const uint8_t>(packed), at<const float>(absmax), at<const float>(codebook), n,
-                                  block_size, at<void>(values), static_cast<DType>(dtype)},
-                                 threads);
+    begin_call().dequantize_4bit(
+        {at<const uint8_t>(packed), at<const float>(absmax), at<const float>(codebook), n, block_size,
+         at<void>(values), static_cast<DType>(dtype)},
+        threads);
 }
 
 // -2 when the codebook does not ascend.
@@ -84,8 +85,8 @@ int64_t quantize_8bit(uintptr_t values, int64_t n, int64_t block_size, uintptr_t
 
 void dequantize_8bit(uintptr_t codes, uintptr_t absmax, uintptr_t codebook, int64_t n, int64_t block_size,
                      uintptr_t values, int threads) {
-    begin_call().dequantize_8bit({at<const uint8_t>(codes), at<const float>(absmax), at<const float>(codebook), n,
-                                  block_size, at<float>(values)},
+    begin_call().dequantize_8bit({at<const uint8_t>(codes), at<const float>(absmax),
+                                  at<const float>(codebook), n, block_size, at<float>(values)},
                                  threads);
 }
 

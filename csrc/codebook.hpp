@@ -1,4 +1,5 @@
-// From a codebook to the thresholds its nearest-entry search needs. Done once a call; costs well under a microsecond.
+// From a codebook to the thresholds its nearest-entry search needs. Done once a call; costs well under a
+// microsecond.
 #pragma once
 
 #include "kernels.hpp"

@@ -1,12 +1,16 @@
-// The dispatch table: every instruction set this build holds, best first. Python asks is_supported and picks the
-// first that is, or the one HALFBYTE_IMPLEMENTATION names.
+// The dispatch table: every instruction set this build holds, best first. Python asks is_supported and picks
+// the first that is, or the one HALFBYTE_IMPLEMENTATION names.
 
 #include "dispatch.hpp"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace halfbyte {
 
-#define HALFBYTE_DECLARE(isa) \
-    namespace isa {           \
+#define HALFBYTE_DECLARE(isa)     \
+    namespace isa {               \
     extern const Kernels kernels; \
     }
 HALFBYTE_DECLARE(portable)
@@ -29,10 +33,13 @@ namespace {
 bool always() { return true; }
 
 #if defined(__x86_64__)
-// __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
-bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+// __builtin_cpu_supports also asks the operating system whether it saves the wide registers. It does not know
+// F16C by name in every compiler; that one needs no more than AVX's registers.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -1,8 +1,8 @@
-// torch runs its own loops on GNU OpenMP, whose workers spin for a while after each region. A second pool beside
-// it would fight those workers for the cores, so ours must be the same pool: the same copy of `libgomp.so.1`
-// (the name torch's wheel carries; the dynamic linker keeps one copy per name). clang's -fopenmp brings a
-// runtime of its own, so the two entry points we need are declared here and called directly: they are libgomp's
-// stable interface, the same that `#pragma omp parallel` compiles to.
+// torch runs its own loops on GNU OpenMP, whose workers spin for a while after each region. A second pool
+// beside it would fight those workers for the cores, so ours must be the same pool: the same copy of
+// `libgomp.so.1` (the name torch's wheel carries; the dynamic linker keeps one copy per name). clang's
+// -fopenmp brings a runtime of its own, so the two entry points we need are declared here and called
+// directly: they are libgomp's stable interface, the same that `#pragma omp parallel` compiles to.
 
 #include "threads.hpp"
 

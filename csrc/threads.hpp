@@ -7,7 +7,7 @@ namespace halfbyte {
 
 // Calls body(context, begin, end) on disjoint ranges that cover [0, tasks), on at most `threads` threads and
 // on no more than there are whole grains. The split depends on these three numbers alone.
-void parallel_for(int64_t tasks, int64_t grain, int threads, void (*body)(void* context, int64_t begin, int64_t end),
-                  void* context);
+void parallel_for(int64_t tasks, int64_t grain, int threads,
+                  void (*body)(void* context, int64_t begin, int64_t end), void* context);
 
 }  // namespace halfbyte

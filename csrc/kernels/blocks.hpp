@@ -6,8 +6,8 @@
 namespace halfbyte::HALFBYTE_ISA {
 namespace {
 
-// Values are taken thirty-two at a time, the smallest block. What is left at the end of a tensor goes through a
-// buffer of that size padded with zeros, so that kernels have no second, scalar body.
+// Values are taken thirty-two at a time, the smallest block. What is left at the end of a tensor goes through
+// a buffer of that size padded with zeros, so that kernels have no second, scalar body.
 constexpr int64_t chunk = 32;
 
 // Blocks below this many values are not worth waking another thread for.
@@ -19,8 +19,8 @@ HALFBYTE_INLINE I32 max_magnitude_bits(const T* values, I32 so_far) {
     return so_far;
 }
 
-// The greatest |value| of a block as float32 bits. Compared as integers these order as magnitudes do, with the
-// infinities and NaN above every number: one comparison afterwards finds both.
+// The greatest |value| of a block as float32 bits. Compared as integers these order as magnitudes do, with
+// the infinities and NaN above every number: one comparison afterwards finds both.
 template <class T>
 HALFBYTE_INLINE int32_t absmax_bits(const T* values, int64_t count) {
     I32 bits = zero_bits();
@@ -42,8 +42,8 @@ HALFBYTE_INLINE float float_from_bits(int32_t bits) {
     return x;
 }
 
-// 1 / absmax, but 1 / 1e-38 for smaller ones: below 2^-128 the reciprocal would be infinite, and zero times it
-// NaN. The values of such a block come out nearer to zero than they were, by less than 1e-38.
+// 1 / absmax, but 1 / 1e-38 for smaller ones: below 2^-128 the reciprocal would be infinite, and zero times
+// it NaN. The values of such a block come out nearer to zero than they were, by less than 1e-38.
 HALFBYTE_INLINE float reciprocal(float absmax) { return 1.0f / (absmax > 1e-38f ? absmax : 1e-38f); }
 
 // Keeps the lowest of the failed blocks that several threads report.

@@ -1,5 +1,5 @@
-// 4-bit codes to values: the block's sixteen possible values are computed once, rounded to the output's type, and
-// looked up. That is bit for bit the float32 product rounded per value, at a fraction of the work.
+// 4-bit codes to values: the block's sixteen possible values are computed once, rounded to the output's type,
+// and looked up. That is bit for bit the float32 product rounded per value, at a fraction of the work.
 
 #include "../simd/isa.hpp"
 #include "../threads.hpp"

@@ -38,8 +38,8 @@ void dequantize_blocks(void* context, int64_t begin, int64_t end) {
 }  // namespace
 
 void dequantize_8bit(const Dequantize8bit& call, int threads) {
-    parallel_for(blocks_of(call.n, call.block_size), blocks_per_grain(call.block_size), threads, dequantize_blocks,
-                 const_cast<Dequantize8bit*>(&call));
+    parallel_for(blocks_of(call.n, call.block_size), blocks_per_grain(call.block_size), threads,
+                 dequantize_blocks, const_cast<Dequantize8bit*>(&call));
 }
 
 }  // namespace halfbyte::HALFBYTE_ISA

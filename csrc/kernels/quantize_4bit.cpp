@@ -1,5 +1,6 @@
-// Values to 4-bit codes: per block, the absmax in one pass and the codes in a second over the same, now cached,
-// values. The nearest entry is found by comparing x * (1 / absmax) with the midpoints between entries.
+// Values to 4-bit codes: per block, the absmax in one pass and the codes in a second over the same, now
+// cached, values. The nearest entry is found by comparing x * (1 / absmax) with the midpoints between
+// entries.
 
 #include "../simd/isa.hpp"
 #include "../threads.hpp"
@@ -17,7 +18,8 @@ struct Job {
 template <class T>
 HALFBYTE_INLINE void encode32(const T* values, F32 scale, const Nearest16& nearest, uint8_t* packed) {
     I32 ranks[chunk / lanes];
-    for (int i = 0; i < chunk / lanes; ++i) ranks[i] = nearest.rank(multiply(load(values + i * lanes), scale));
+    for (int i = 0; i < chunk / lanes; ++i)
+        ranks[i] = nearest.rank(multiply(load(values + i * lanes), scale));
     nearest.pack32(ranks, packed);
 }
 

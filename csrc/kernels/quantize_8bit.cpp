@@ -50,8 +50,8 @@ void quantize_blocks(void* context, int64_t begin, int64_t end) {
 
 int64_t quantize_8bit(const Quantize8bit& call, int threads) {
     Job job = {call, -1};
-    parallel_for(blocks_of(call.n, call.block_size), blocks_per_grain(call.block_size), threads, quantize_blocks,
-                 &job);
+    parallel_for(blocks_of(call.n, call.block_size), blocks_per_grain(call.block_size), threads,
+                 quantize_blocks, &job);
     return job.first_bad;
 }
 

@@ -1,5 +1,5 @@
-// One instruction set's row of the dispatch table. Its name is made here, from the same macro that chose the code
-// beside it, so what a row says it is and what it runs cannot come apart.
+// One instruction set's row of the dispatch table. Its name is made here, from the same macro that chose the
+// code beside it, so what a row says it is and what it runs cannot come apart.
 
 #include "table.hpp"
 

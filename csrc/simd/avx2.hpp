@@ -71,8 +71,9 @@ class Nearest16 {
         // Each pair of bytes becomes 16 * first + second.
         const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));
         const __m256i packed = _mm256_packus_epi16(pairs, pairs);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
-                         _mm_unpacklo_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
+        _mm_storeu_si128(
+            reinterpret_cast<__m128i*>(out),
+            _mm_unpacklo_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
     }
 
   private:
@@ -117,7 +118,8 @@ class Table16 {  // bf16 and f16: byte shuffles, on the entries' low and high by
         const I32 a = round_to(_mm256_mul_ps(first_, by), T{}), b = round_to(_mm256_mul_ps(second_, by), T{});
         const I32 entries = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), _MM_SHUFFLE(3, 1, 2, 0));
         const I32 low = _mm256_and_si256(entries, _mm256_set1_epi16(0xff));
-        const I32 planes = _mm256_packus_epi16(low, _mm256_srli_epi16(entries, 8));  // l0-7 h0-7 | l8-15 h8-15
+        const I32 planes =
+            _mm256_packus_epi16(low, _mm256_srli_epi16(entries, 8));  // l0-7 h0-7 | l8-15 h8-15
         low_bytes_ = _mm256_permute4x64_epi64(planes, _MM_SHUFFLE(2, 0, 2, 0));
         high_bytes_ = _mm256_permute4x64_epi64(planes, _MM_SHUFFLE(3, 1, 3, 1));
     }
@@ -125,9 +127,10 @@ class Table16 {  // bf16 and f16: byte shuffles, on the entries' low and high by
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
         const I32 wide = _mm256_cvtepu8_epi16(bytes);
         // Each 16-bit lane: the high nibble in its low byte, the low nibble in its high byte.
-        const I32 codes = _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(wide, 4), _mm256_slli_epi16(wide, 8)),
-                                           _mm256_set1_epi8(0x0f));
-        const I32 low = _mm256_shuffle_epi8(low_bytes_, codes), high = _mm256_shuffle_epi8(high_bytes_, codes);
+        const I32 codes = _mm256_and_si256(
+            _mm256_or_si256(_mm256_srli_epi16(wide, 4), _mm256_slli_epi16(wide, 8)), _mm256_set1_epi8(0x0f));
+        const I32 low = _mm256_shuffle_epi8(low_bytes_, codes),
+                  high = _mm256_shuffle_epi8(high_bytes_, codes);
         const I32 a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute2x128_si256(a, b, 0x20));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_permute2x128_si256(a, b, 0x31));
@@ -175,7 +178,8 @@ HALFBYTE_INLINE I32 nearest256(const float* thresholds, F32 v) {
 HALFBYTE_INLINE void store_codes(uint8_t* p, I32 codes) {
     const I32 words = _mm256_packs_epi32(codes, codes);
     const I32 bytes = _mm256_packus_epi16(words, words);
-    const __m128i eight = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    const __m128i eight =
+        _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), eight);
 }
 HALFBYTE_INLINE F32 lookup256(const float* table, const uint8_t* codes) {

@@ -75,8 +75,8 @@ HALFBYTE_INLINE __m256i round_to_bf16(F32 v) {
     const I32 odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const I32 rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     // A NaN's bits could carry into its sign.
-    const I32 safe = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
-                                           _mm512_set1_epi32(0x7fc00000));
+    const I32 safe =
+        _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(safe, 16));
 }
 HALFBYTE_INLINE __m256i round_to(F32 v, bf16) { return round_to_bf16(v); }
@@ -128,7 +128,8 @@ HALFBYTE_INLINE I32 nearest256(const float* thresholds, F32 v) {
     I32 rank = _mm512_setzero_si512();
     for (int size = 128; size > 0; size /= 2) {
         const F32 t = _mm512_i32gather_ps(rank, thresholds + size - 1, 4);
-        rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(v, t, _CMP_GT_OQ), rank, _mm512_set1_epi32(size));
+        rank =
+            _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(v, t, _CMP_GT_OQ), rank, _mm512_set1_epi32(size));
     }
     return rank;
 }

@@ -1,5 +1,6 @@
-// Included first by every kernel source. HALFBYTE_ISA is the name of the instruction set this translation unit
-// is compiled for; the header of that name defines, inside halfbyte::HALFBYTE_ISA and an anonymous namespace:
+// Included first by every kernel source. HALFBYTE_ISA is the name of the instruction set this translation
+// unit is compiled for; the header of that name defines, inside halfbyte::HALFBYTE_ISA and an anonymous
+// namespace:
 //
 //   lanes                       float32 values in a register; divides 32
 //   F32, I32                    registers of `lanes` float32, int32

@@ -1,5 +1,6 @@
-// Any machine with a compiler that has GCC's vector types: four lanes, which every baseline that matters has in
-// hardware (and which never collapse to scalars, as wider vectors than the hardware's do). Contract: isa.hpp.
+// Any machine with a compiler that has GCC's vector types: four lanes, which every baseline that matters has
+// in hardware (and which never collapse to scalars, as wider vectors than the hardware's do). Contract:
+// isa.hpp.
 #pragma once
 
 namespace halfbyte::HALFBYTE_ISA {

@@ -1,5 +1,6 @@
-// Runs one instruction set's kernels on cases written by test_neon.py and compares them with what the reference
-// wrote, byte for byte. Built and run on a processor other than the tests' own, so it knows no Python.
+// Runs one instruction set's kernels on cases written by test_neon.py and compares them with what the
+// reference wrote, byte for byte. Built and run on a processor other than the tests' own, so it knows no
+// Python.
 //
 // A case: int64 op, dtype, n, block_size, count of codebook entries; the codebook; then, for
 //   op 0, 1 (quantize 4-, 8-bit)      values, expected codes, expected absmax
@@ -40,21 +41,26 @@ static bool run_case(std::FILE* file, const int64_t* head) {
         int64_t bad = 0;
         if (op == 0) {
             const Codebook16 prepared = prepare_codebook16(floats(codebook));
-            bad = kernels.quantize_4bit({values.data(), dtype, n, block_size, &prepared, got_codes.data(), scales}, 1);
+            bad = kernels.quantize_4bit(
+                {values.data(), dtype, n, block_size, &prepared, got_codes.data(), scales}, 1);
         } else {
             Codebook256 prepared;
             if (!prepare_codebook256(floats(codebook), &prepared)) return false;
-            bad = kernels.quantize_8bit({floats(values), n, block_size, &prepared, got_codes.data(), scales}, 1);
+            bad = kernels.quantize_8bit({floats(values), n, block_size, &prepared, got_codes.data(), scales},
+                                        1);
         }
         return bad == -1 && got_codes == codes && got_absmax == absmax;
     }
-    const Bytes codes = read(file, code_bytes), absmax = read(file, absmax_bytes), values = read(file, value_bytes);
+    const Bytes codes = read(file, code_bytes), absmax = read(file, absmax_bytes),
+                values = read(file, value_bytes);
     Bytes got(values.size(), 0xa5);
     if (op == 2)
-        kernels.dequantize_4bit({codes.data(), floats(absmax), floats(codebook), n, block_size, got.data(), dtype}, 1);
+        kernels.dequantize_4bit(
+            {codes.data(), floats(absmax), floats(codebook), n, block_size, got.data(), dtype}, 1);
     else
-        kernels.dequantize_8bit(
-            {codes.data(), floats(absmax), floats(codebook), n, block_size, reinterpret_cast<float*>(got.data())}, 1);
+        kernels.dequantize_8bit({codes.data(), floats(absmax), floats(codebook), n, block_size,
+                                 reinterpret_cast<float*>(got.data())},
+                                1);
     return got == values;
 }
 

@@ -76,6 +76,16 @@ def test_best_runnable_is_the_default() -> None:
         assert ops.active_implementation()[0] == best
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("order", ["from halfbyte import _C; import torch", "import torch; from halfbyte import _C"])
+def test_one_openmp_runtime_whoever_comes_first(order: str) -> None:
+    """Two pools of threads fight for the cores: a small product then takes several times as long."""
+    script = f"{order}\nfor line in open('/proc/self/maps'):\n    print(line.split()[-1])"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    runtimes = {path for path in ran.stdout.split() if "libgomp" in path or "libomp" in path or "libiomp" in path}
+    assert len(runtimes) == 1
+
+
 PACKED, ABSMAX = torch.arange(64, dtype=torch.uint8), torch.rand(2)
 CALLS: dict[str, tuple[Any, ...]] = {
     "quantize_4bit": (torch.randn(10, 13), CODEBOOKS_16["nf4"], 64),
