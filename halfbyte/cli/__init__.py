@@ -107,6 +107,6 @@ def _complain(sentence: str) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    line = Text.assemble(("error: ", "bold red"), printable(sentence))
+    line = Text.assemble(("error: ", "bold red"), printable(sentence).removesuffix("."))
     Console(stderr=True).print(line, soft_wrap=True, highlight=False)
     return EXIT_BAD_INPUT

@@ -1,6 +1,7 @@
 """`halfbyte finetune run.yaml`"""
 
 import click
+import yaml
 from rich.console import Console
 
 from halfbyte.cli.flags import config_command
@@ -19,4 +20,10 @@ def command(config: FinetuneConfig, dry_run: bool) -> None:
     """
     from halfbyte.recipes import finetune as recipe
 
-    (recipe.dry_run if dry_run else recipe.finetune)(config, Console())
+    console = Console()
+    if dry_run:
+        resolved = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        console.print(resolved, markup=False, highlight=False, soft_wrap=True)
+        recipe.dry_run(config, console)
+    else:
+        recipe.finetune(config, console)
