@@ -161,17 +161,22 @@ class Linear4bit(nn.Linear):
         _metadata: Any,
         _strict: bool,
         missing_keys: list[str],
-        *_: Any,
+        unexpected_keys: list[str],
+        _error_messages: list[str],
     ) -> None:
-        constants = f"{prefix}weight."
-        keys = {k.removeprefix(constants): tensor for k, tensor in state_dict.items() if k.startswith(constants)}
-        packed, bias = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}bias")
+        mine = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        # On the meta device the layer holds nothing yet, and takes the device of what comes.
+        device = self.weight.device if self.weight.device.type != "meta" else None
+        mine = {key: tensor.to(device) if device is not None else tensor for key, tensor in mine.items()}
+        packed, bias = mine.pop("weight", None), mine.pop("bias", None) if self.bias is not None else None
+        constants = {key.removeprefix("weight."): mine.pop(key) for key in list(mine) if key.startswith("weight.")}
         if packed is None:
             missing_keys.append(f"{prefix}weight")
         else:
-            self.quantized = from_keys(f"{prefix}weight", packed, keys)
+            self.quantized = from_keys(f"{prefix}weight", packed, constants)
         if self.bias is not None:
             if bias is None:
                 missing_keys.append(f"{prefix}bias")
             else:
                 self.bias = nn.Parameter(bias.to(self.bias.dtype), requires_grad=False)
+        unexpected_keys += [prefix + key for key in mine]

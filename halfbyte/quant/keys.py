@@ -12,7 +12,7 @@ Beside `X` (the packed codes, uint8) stand
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -55,47 +55,65 @@ def from_keys(name: str, packed: Tensor, keys: Mapping[str, Tensor]) -> Quantize
     """The inverse of `to_keys`; `packed` may be stored in any dtype, its bytes are what counts.
 
     Raises:
-        HalfbyteError: a key is missing, contradicts another, or holds a codebook that is not the format's.
+        HalfbyteError: a key is missing, contradicts another, is not finite, or holds a codebook that is not
+            the format's; `name` and the key are told.
     """
     state = _quant_state(name, keys)
     quant_type, block_size, shape = state["quant_type"], state["blocksize"], torch.Size(state["shape"])
-    count = math.prod(shape)
-    blocks = -(-count // block_size)
-    codes = _expect(name, "weight", packed.contiguous().view(torch.uint8), (count + 1) // 2)
-    _expect_codebook(name, keys, "quant_map", codebook_4bit(quant_type, torch.device("cpu")))
+    blocks = formats.block_count(math.prod(shape), block_size)
+    codes = packed.contiguous().flatten().view(torch.uint8)
+    if codes.numel() != formats.packed_bytes(math.prod(shape)):
+        raise HalfbyteError(f"{name} is {codes.numel()} bytes, which is not what its shape {list(shape)} takes.")
+    _check_codebook(name, keys, "quant_map", codebook_4bit(quant_type, torch.device("cpu")))
     absmax: Tensor | DoubleQuantized
-    if "nested_absmax" in keys:
-        if state.get("nested_blocksize") != formats.NESTED_BLOCK_SIZE:
-            raise HalfbyteError(f"{name}: nested_blocksize {state.get('nested_blocksize')} is not 256.")
-        _expect_codebook(name, keys, "nested_quant_map", codebook_8bit(torch.device("cpu")))
+    if "nested_offset" in state:
+        _check_codebook(name, keys, "nested_quant_map", codebook_8bit(torch.device("cpu")))
         absmax = DoubleQuantized(
-            codes=_expect(name, "absmax", _get(name, keys, "absmax"), blocks),
-            absmax=_expect(name, "nested_absmax", keys["nested_absmax"], -(-blocks // formats.NESTED_BLOCK_SIZE)),
+            codes=_constants(name, keys, "absmax", blocks, torch.uint8),
+            absmax=_constants(
+                name, keys, "nested_absmax", formats.block_count(blocks, formats.NESTED_BLOCK_SIZE), torch.float32
+            ),
             offset=float(state["nested_offset"]),
         )
     else:
-        absmax = _expect(name, "absmax", _get(name, keys, "absmax"), blocks)
+        absmax = _constants(name, keys, "absmax", blocks, torch.float32)
     dtype = getattr(torch, state["dtype"])
     return QuantizedTensor(codes.reshape(-1, 1), absmax, shape, dtype, quant_type, block_size)
 
 
 def _quant_state(name: str, keys: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The JSON object, every value of it checked; `nested_offset` is in it if the absmax is quantized."""
     found = [key for key in keys if key.startswith(QUANT_STATE_PREFIX)]
     if len(found) != 1:
-        raise HalfbyteError(f"{name}: the 4-bit checkpoint has no {QUANT_STATE_PREFIX}* beside it.")
+        raise HalfbyteError(f"{name} has {len(found)} keys {QUANT_STATE_PREFIX}* beside it; a 4-bit weight has one.")
+    key = f"{name}.{found[0]}"
     try:
-        state: dict[str, Any] = json.loads(bytes(keys[found[0]].cpu().tolist()))
-        valid = (
-            state["quant_type"] == found[0].removeprefix(QUANT_STATE_PREFIX)
-            and state["blocksize"] > 0
-            and isinstance(getattr(torch, state["dtype"]), torch.dtype)
-            and all(size >= 0 for size in state["shape"])
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        valid = False
-    if not valid:
-        raise HalfbyteError(f"{name}.{found[0]}: the quantization state does not read as JSON of this format.")
+        state = json.loads(bytes(keys[found[0]].tolist()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise HalfbyteError(f"{key} does not read as JSON ({error}).") from error
+    if not isinstance(state, dict):
+        raise HalfbyteError(f"{key} is not a JSON object.")
+    nested = any(field.startswith("nested_") for field in (*keys, *state))
+    for field, is_valid in (_VALID | (_VALID_NESTED if nested else {})).items():
+        if not is_valid(state.get(field)):
+            raise HalfbyteError(f"{key}: {field} is {state.get(field)!r:.80}, which this format does not have.")
+    if state["quant_type"] != found[0].removeprefix(QUANT_STATE_PREFIX):
+        raise HalfbyteError(f"{key}: quant_type is {state['quant_type']!r}, which is not what the key says.")
     return state
+
+
+# What each value of the quantization state may be. JSON knows numbers that Python takes for one another: 64.0, true.
+_VALID: dict[str, Callable[[Any], bool]] = {
+    "quant_type": lambda value: isinstance(value, str) and value in formats.CODEBOOKS,
+    "blocksize": lambda value: type(value) is int and value in formats.BLOCK_SIZES,
+    "dtype": lambda value: value in ("float32", "bfloat16", "float16"),
+    "shape": lambda value: isinstance(value, list) and all(type(size) is int and 0 <= size < 2**48 for size in value),
+}
+_VALID_NESTED: dict[str, Callable[[Any], bool]] = {
+    "nested_blocksize": lambda value: type(value) is int and value == formats.NESTED_BLOCK_SIZE,
+    "nested_dtype": lambda value: value == "float32",
+    "nested_offset": lambda value: type(value) is float and math.isfinite(value),
+}
 
 
 def _get(name: str, keys: Mapping[str, Tensor], suffix: str) -> Tensor:
@@ -104,12 +122,17 @@ def _get(name: str, keys: Mapping[str, Tensor], suffix: str) -> Tensor:
     return keys[suffix]
 
 
-def _expect(name: str, suffix: str, tensor: Tensor, count: int) -> Tensor:
-    if tensor.numel() != count:
-        raise HalfbyteError(f"{name}: {suffix} holds {tensor.numel()} values where the shape asks for {count}.")
+def _constants(name: str, keys: Mapping[str, Tensor], suffix: str, count: int, dtype: torch.dtype) -> Tensor:
+    tensor = _get(name, keys, suffix)
+    if tensor.dtype != dtype or tensor.numel() != count:
+        raise HalfbyteError(
+            f"{name}.{suffix} is {tensor.numel()} values of {tensor.dtype} where the shape asks for {count} of {dtype}."
+        )
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise HalfbyteError(f"{name}.{suffix} holds a NaN or an infinity.")
     return tensor.flatten()
 
 
-def _expect_codebook(name: str, keys: Mapping[str, Tensor], suffix: str, expected: Tensor) -> None:
+def _check_codebook(name: str, keys: Mapping[str, Tensor], suffix: str, expected: Tensor) -> None:
     if not torch.equal(_get(name, keys, suffix).float().cpu(), expected):
         raise HalfbyteError(f"{name}.{suffix} is another codebook than this format's.")

@@ -1,0 +1,92 @@
+"""Tiny models with random weights and a tiny tokenizer, saved as directories the way the hub has them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<pad>")
+VOCABULARY_SIZE = 256 + len(SPECIAL_TOKENS)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": VOCABULARY_SIZE - 1,
+    "bos_token_id": VOCABULARY_SIZE - 3,
+    "eos_token_id": VOCABULARY_SIZE - 2,
+}
+_GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+
+# model_type -> what its configuration has beside the sizes, or instead of them. Between them: tied and untied output
+# layers, biases, fused projections, Conv1D, soft-capped logits, scaled logits, parallel blocks, experts.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "gemma2": _GEMMA | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 5.0},
+    "gemma3_text": _GEMMA,
+    "phi3": {"tie_word_embeddings": False},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "opt": {"ffn_dim": 56, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False},
+    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def build_model(model_type: str = "llama", dtype: torch.dtype = torch.bfloat16, **settings: Any) -> PreTrainedModel:
+    """A model of a known architecture with random weights, larger than an untrained model's: its outputs differ."""
+    values = _SIZES | ARCHITECTURES.get(model_type, {}) | settings
+    if model_type == "falcon":
+        del values["head_dim"]  # a property there
+    config = AutoConfig.for_model(model_type, **values)
+    generator = torch.Generator().manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.2 * noise + (1.0 if "norm" in name or "ln_" in name else 0.0))
+    return model.to(dtype).eval()
+
+
+def build_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A token for each byte, without merges, in ChatML."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=chat_template,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+    )
+
+
+def save_model(
+    directory: Path,
+    model_type: str = "llama",
+    max_shard_size: str = "5GB",
+    chat_template: str | None = CHATML,
+    **settings: Any,
+) -> Path:
+    """Write a tiny model and its tokenizer; the directory."""
+    build_model(model_type, **settings).save_pretrained(directory, max_shard_size=max_shard_size)
+    build_tokenizer(chat_template).save_pretrained(directory)
+    return directory
