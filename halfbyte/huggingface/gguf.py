@@ -6,16 +6,17 @@ transformation is applied here a tensor at a time; where it also renames or spli
 as it is, and memory then holds the whole model in 16 bits for a moment.
 """
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
-from gguf.gguf_reader import ReaderTensor
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
+from gguf.quants import dequantize
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict
+from transformers.integrations.gguf.reader import GgufHeader, TensorInfo, load_gguf_state_dict
 from transformers.integrations.gguf.utils import (
     add_gguf_load_ops,
     get_gguf_conversion_mapping,
@@ -28,7 +29,6 @@ from transformers.modeling_gguf_pytorch_utils import (
     LlamaTensorProcessor,
     NemotronTensorProcessor,
     TensorProcessor,
-    get_gguf_hf_weights_map,
     load_gguf_checkpoint,
 )
 
@@ -53,33 +53,53 @@ def read_gguf_tensors(
     with torch.device("meta"):
         model = model_class(config)
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config.to_dict())
-    try:
-        if type(processor) not in _TRANSFORM_VALUES_ONLY:
-            tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model, torch_dtype=dtype)
-            return tensors["tensors"], []
-        names = get_gguf_hf_weights_map(model, processor)
-    except (NotImplementedError, ValueError) as error:
-        raise HalfbyteError(f"{file}: GGUF architecture {header.architecture!r} cannot be loaded: {error}") from error
-    # A name of GGUF's that the model has no parameter for (rope_freqs) is something that it computes itself.
-    found = {
-        names[tensor.name]: _GgufTensor(tensor, processor)
-        for tensor in GGUFReader(file).tensors
-        if tensor.name in names
+    if type(processor) not in _TRANSFORM_VALUES_ONLY:
+        try:
+            parsed = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model, torch_dtype=dtype)
+        except (NotImplementedError, ValueError) as error:
+            raise HalfbyteError(f"{file}: {header.architecture!r} cannot be loaded from GGUF: {error}") from error
+        return parsed["tensors"], []
+    names = _parameter_names(header.architecture, model, config.num_hidden_layers)
+    blob = np.memmap(file, mode="r", dtype=np.uint8)
+    # A tensor that the model has no parameter for (rope_freqs) is something that it computes itself.
+    tensors = {
+        names[info.name]: _GgufTensor(blob, header.data_start, info, processor)
+        for info in header.tensors
+        if info.name in names
     }
-    return found, []
+    return tensors, []
 
 
 class _GgufTensor:
     """A tensor of the file, read and dequantized when it is indexed with `[...]`."""
 
-    def __init__(self, tensor: ReaderTensor, processor: TensorProcessor) -> None:
-        self._tensor = tensor
+    def __init__(self, blob: np.ndarray, data_start: int, info: TensorInfo, processor: TensorProcessor) -> None:
+        start = data_start + info.offset
+        self._blocks = blob[start : start + info.nbytes]
+        self._info = info
         self._processor = processor
 
     def __getitem__(self, _: Any) -> Tensor:
-        values = dequantize(self._tensor.data, self._tensor.tensor_type)
-        values = self._processor.process(weights=values, name=self._tensor.name).weights
+        shape = self._info.shape
+        blocks = self._blocks.reshape(prod(shape[:-1]), -1)  # rows of the tensor, as GGML keeps them
+        values = dequantize(blocks, GGMLQuantizationType(self._info.ggml_type)).reshape(shape)
+        values = self._processor.process(weights=values, name=self._info.name).weights
         return torch.from_numpy(np.array(values))  # a copy: the file is mapped read-only
+
+
+def _parameter_names(architecture: str, model: PreTrainedModel, layers: int) -> dict[str, str]:
+    """GGUF's name of each of the model's parameters, to the model's own, by the gguf package's tables."""
+    known = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    table = get_tensor_name_map(known[architecture], layers)
+    prefix = f"{model.base_model_prefix}."
+    names = {}
+    for name in model.state_dict():
+        stem, dot, suffix = name.rpartition(".")
+        # Some architectures were converted from the model without its head, so without the prefix.
+        found = table.get_name(stem) or table.get_name(stem.removeprefix(prefix))
+        if found is not None:
+            names[found + dot + suffix] = name
+    return names
 
 
 def _read_header(file: Path) -> GgufHeader:
