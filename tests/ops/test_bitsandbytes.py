@@ -31,7 +31,7 @@ def inputs() -> dict[str, Tensor]:
         }
     if MODEL.exists():
         with safe_open(MODEL, framework="pt") as file:
-            for name in [name for name in sorted(file.keys()) if "proj" in name][::50]:
+            for name in [name for name in sorted(file.keys()) if "proj" in name][::100]:
                 tensors[f"real {name}"] = file.get_tensor(name)
                 tensors[f"real {name} float32"] = file.get_tensor(name).float()
     return tensors
