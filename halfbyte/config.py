@@ -10,6 +10,7 @@ that names the file and line (or the flag), the key, the value that was found an
 """
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -71,6 +72,15 @@ def _names_from_text(value: object) -> object:
         names = [name.strip() for name in value.split(",")]
         if all(name.replace(".", "").replace("_", "").isalnum() for name in names):
             return names
+    return value
+
+
+def _names_or_pattern(value: str | list[str]) -> str | list[str]:
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError("not a regular expression") from error
     return value
 
 
@@ -148,9 +158,9 @@ class DataKeys(Config):
 
     dataset: DataPath = Field(description="The rows to learn from or to look at: .jsonl or .json.")
     dataset_format: Literal["auto", "alpaca", "messages"] = Field(
-        "auto", description="What a row looks like; auto looks at the first rows."
+        "auto", description="What a row looks like; auto looks at the first row."
     )
-    max_length: int = Field(1024, ge=2, description="Longest row, in tokens; what is beyond it is cut off.")
+    max_length: int = Field(1024, ge=2, description="Longest row, in tokens; the beginning of a longer one is cut off.")
 
 
 class QuantizationKeys(Config):
@@ -181,6 +191,7 @@ class LoraKeys(Config):
         str | list[str],
         _NonEmpty,
         BeforeValidator(_names_from_text),
+        AfterValidator(_names_or_pattern),
         Allowed("all-linear, a list of module names or a regular expression", "NAMES"),
     ] = Field("all-linear", description="Modules that get an adapter: all-linear, names or a pattern.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (arXiv 2312.03732).")
@@ -191,6 +202,9 @@ class BatchKeys(Config):
 
     per_device_train_batch_size: int = Field(4, ge=1, description="Rows in one forward and backward pass.")
     gradient_accumulation_steps: int = Field(4, ge=1, description="Passes that make up one optimizer step.")
+    packing: bool = Field(
+        True, description="Put several rows of data into one of max_length tokens; none sees another."
+    )
     train_on_source: bool = Field(False, description="Learn the prompts too, not only the answers.")
 
 

@@ -3,6 +3,7 @@
 from halfbyte.data.batches import Batch, collate, epoch_order, padded_share, plan_steps, training_steps
 from halfbyte.data.encoding import EncodingStatistics, encode_rows
 from halfbyte.data.examples import IGNORE_INDEX, Example, fingerprint, preview
+from halfbyte.data.packing import best_fit, pack
 from halfbyte.data.rows import Alpaca, Row, read_rows
 from halfbyte.data.templates import Tokenizer, render_alpaca_prompt, render_chat
 
@@ -14,10 +15,12 @@ __all__ = [
     "Example",
     "Row",
     "Tokenizer",
+    "best_fit",
     "collate",
     "encode_rows",
     "epoch_order",
     "fingerprint",
+    "pack",
     "padded_share",
     "plan_steps",
     "preview",

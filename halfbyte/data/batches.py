@@ -96,6 +96,11 @@ def collate(examples: Sequence[Example], pad_token_id: int | None) -> Batch:
         attention_mask[row, :end] = 1
     # Counted on through the padding: a restart at 0 would read as a second packed row.
     position_ids = torch.arange(length).expand(rows, length).contiguous()
+    for row, example in enumerate(examples):
+        if example.position_ids is not None:
+            end = len(example.input_ids)
+            position_ids[row, :end] = example.position_ids
+            position_ids[row, end:] -= end  # here it is one: padding sees padding alone
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

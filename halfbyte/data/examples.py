@@ -19,11 +19,14 @@ class Example:
     `input_ids` and `labels` are (length,) int32 and aligned: `labels[i]` is `input_ids[i]` where that token
     is learned and -100 elsewhere; the shift by one is the loss's. `labels[0]` is always -100, as nothing
     predicts the first token, so the labels that are not -100 are exactly the terms of the loss.
+
+    `position_ids` are (length,) int32 where several texts were packed into one, counted from 0 in each.
     """
 
     input_ids: Tensor
     labels: Tensor
     source: str = ""
+    position_ids: Tensor | None = None
 
     @property
     def supervised_tokens(self) -> int:

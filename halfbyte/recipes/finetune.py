@@ -17,7 +17,7 @@ from halfbyte.checkpoint.fingerprint import weights_sha256
 from halfbyte.checkpoint.output import check_output_dir, clear_run
 from halfbyte.checkpoint.resume import find_checkpoint, read_state, restore_checkpoint, save_checkpoint
 from halfbyte.config import FinetuneConfig
-from halfbyte.data import Batch, Example, encode_rows, fingerprint, preview, read_rows, training_steps
+from halfbyte.data import Batch, Example, encode_rows, fingerprint, pack, preview, read_rows, training_steps
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import add_lora, load_model, load_tokenizer
 from halfbyte.optim import AdamW, learning_rate_factor
@@ -70,6 +70,10 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.model_name_or_path)
     train, held_out = read_data(config, tokenizer, console)
+    if config.packing:
+        rows = pack(train, config.max_length)
+        console.print(f"packed into {len(rows):,} rows of at most {config.max_length} tokens", highlight=False)
+        train = rows
     torch.manual_seed(config.seed)  # the adapter's initial values, and dropout after them
     model, _ = load_model(
         config.model_name_or_path,
