@@ -99,6 +99,10 @@ WRONG = [
         "run.yaml:4: target_modules is [], but it must be all-linear, a list of module names or a regular expression",
     ),
     (
+        "target_modules: '((('",
+        "run.yaml:4: target_modules is '(((', but it must be all-linear, a list of module names or a regular",
+    ),
+    (
         "eval_dataset: 2026-01-31",
         "run.yaml:4: eval_dataset is 2026-01-31, but it must be the path of a data file (in quotes)",
     ),

@@ -9,6 +9,7 @@ and keeps its traceback.
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -70,8 +71,20 @@ def _halfbyte(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
+def quiet_dependencies() -> None:
+    """Keep what transformers and PEFT tell their developers from a person's terminal; before they are imported.
+
+    A model that is refused would otherwise be so with a page of its tensors in front of the one sentence. Whoever
+    wants it sets TRANSFORMERS_VERBOSITY, or python -W.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b")
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    quiet_dependencies()
     try:
         # Not `Command.main`, which takes any EOFError for a wish to stop.
         with _halfbyte.make_context("halfbyte", list(sys.argv[1:] if args is None else args)) as ctx:
