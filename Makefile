@@ -25,7 +25,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.hpp')
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
-.PHONY: help setup model demo test check format peers lock clean
+.PHONY: always help setup model demo test check format peers lock clean
 
 help:  ## Show this list
 	@printf 'make TARGET, where TARGET is one of\n\n'
@@ -56,7 +56,12 @@ $(VENV)/.packages: requirements.lock $(VENV)/.created
 	$(PIP) install -qq --requirement requirements.lock
 	@touch $@
 
-$(VENV)/.halfbyte: $(VENV)/.packages pyproject.toml csrc/CMakeLists.txt $(filter csrc/%,$(CPP))
+# An editable install lists its modules, so one that comes or goes (a pull, a branch) is a reason to install again.
+$(VENV)/.modules: always | $(VENV)/.packages
+	@find halfbyte -name '*.py' | sort > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(VENV)/.halfbyte: $(VENV)/.packages $(VENV)/.modules pyproject.toml csrc/CMakeLists.txt $(filter csrc/%,$(CPP))
 	$(call say,halfbyte itself: compiling its kernels)
 	$(PIP) install -qq --no-build-isolation --no-deps --editable .
 	@touch $@

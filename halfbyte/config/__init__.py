@@ -1,0 +1,23 @@
+"""Typed configuration: which keys there are, what each may hold, and one sentence for everything else.
+
+`load_config` merges a YAML file with flags, and turns whatever is wrong with either into one `HalfbyteError` that names
+the file and line (or the flag), the key, the value that was found and what is allowed.
+"""
+
+from halfbyte.config.keys import Config, EvaluateConfig, FinetuneConfig, GenerateConfig, QuantizeConfig
+from halfbyte.config.reading import ConfigT, load_config
+from halfbyte.config.words import Allowed, allowed, alternatives, nearest
+
+__all__ = [
+    "Allowed",
+    "Config",
+    "ConfigT",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "GenerateConfig",
+    "QuantizeConfig",
+    "allowed",
+    "alternatives",
+    "load_config",
+    "nearest",
+]

@@ -1,0 +1,223 @@
+"""The keys: sections of them, and the configurations that are made of sections.
+
+Names are flat and are those people already type (transformers, TRL, PEFT). `FinetuneConfig` and `EvaluateConfig` share
+`QuantizationKeys`, so a key means the same thing in each. The descriptions below are the `--help` text of the command
+line and the tables of docs/configuration.md; there is no second list.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from halfbyte.config.values import (
+    BlockSize,
+    DataPath,
+    MaxSteps,
+    ModelName,
+    PathText,
+    ResumePoint,
+    TargetModules,
+    Text,
+    Trackers,
+)
+from halfbyte.config.words import alternatives
+
+
+class Config(BaseModel):
+    """What every configuration has in common: no unknown keys, no changes once it is made, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_boolean_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        # Python's True is 1, so `seed: yes` would quietly be 1.
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and bool not in alternatives(field.annotation):
+            raise ValueError("a boolean where none is allowed")
+        return value
+
+    @classmethod
+    def sections(cls) -> dict[str, list[str]]:
+        """Title -> keys, in the order a person reads them; the titles are the sections' docstrings."""
+        bases = [base for base in cls.__bases__ if issubclass(base, Config)]
+        return {(base.__doc__ or "").strip(): list(base.model_fields) for base in bases}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value, JSON-able; `load_config(cls, None, config.to_dict())` gives it back."""
+        values = self.model_dump(mode="json")
+        return {key: values[key] for keys in type(self).sections().values() for key in keys}
+
+
+class ModelKeys(Config):
+    """Model"""
+
+    model_name_or_path: ModelName = Field(description="A model directory, a .gguf file or a hub id.")
+
+
+class DataKeys(Config):
+    """Data"""
+
+    dataset: DataPath = Field(description="The rows to learn from or to look at: .jsonl or .json.")
+    dataset_format: Literal["auto", "alpaca", "messages"] = Field(
+        "auto", description="What a row looks like; auto looks at the first row."
+    )
+    max_length: int = Field(1024, ge=2, description="Longest row, in tokens; the beginning of a longer one is cut off.")
+
+
+class QuantizationKeys(Config):
+    """Quantization of the frozen base model"""
+
+    quant_type: Literal["nf4", "fp4", "int4", "none"] = Field(
+        "nf4", description="The 4-bit code of the base weights; none leaves them in compute_dtype."
+    )
+    block_size: BlockSize = Field(64, description="Weights that share one scale, a power of two.")
+    double_quant: bool = Field(True, description="Quantize the scales as well, to 8 bits.")
+    compute_dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="What activations and matrix products are computed in."
+    )
+
+
+class LoraKeys(Config):
+    """Low-rank adapters"""
+
+    lora_r: int = Field(16, ge=1, description="Rank of the adapters.")
+    lora_alpha: int = Field(32, ge=1, description="The adapters are scaled by alpha / r.")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the input of the adapters.")
+    target_modules: TargetModules = Field(
+        "all-linear", description="Modules that get an adapter: all-linear, names or a pattern."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (arXiv 2312.03732).")
+
+
+class BatchKeys(Config):
+    """Batches"""
+
+    per_device_train_batch_size: int = Field(4, ge=1, description="Rows in one forward and backward pass.")
+    gradient_accumulation_steps: int = Field(4, ge=1, description="Passes that make up one optimizer step.")
+    packing: bool = Field(
+        True, description="Put several rows of data into one of max_length tokens; none sees another."
+    )
+    train_on_source: bool = Field(False, description="Learn the prompts too, not only the answers.")
+
+
+class HeldOutKeys(Config):
+    """Held-out rows"""
+
+    eval_dataset: DataPath | None = Field(None, description="Rows to measure the loss on, at the end at least.")
+    eval_steps: int | None = Field(None, ge=1, description="Steps between two such measurements.")
+    per_device_eval_batch_size: int = Field(8, ge=1, description="Rows in one forward pass.")
+
+
+class ScheduleKeys(Config):
+    """Length and optimizer"""
+
+    num_train_epochs: float = Field(1.0, gt=0, description="Times the data is gone through; 0.5 is half of it.")
+    max_steps: MaxSteps = Field(-1, description="Optimizer steps in all; -1: as num_train_epochs says.")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="What the learning rate does after warming up; linear and cosine end at zero."
+    )
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="Share of the steps in which the rate climbs.")
+    optim: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of the adapters.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of AdamW's second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
+    max_grad_norm: float = Field(0.3, ge=0, description="Longer gradients are scaled down to this; 0: never.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+
+
+class RunKeys(Config):
+    """The run and what it leaves behind"""
+
+    output_dir: PathText = Field(description="Where the adapter, the metrics and the checkpoints go.")
+    overwrite_output_dir: bool = Field(False, description="Replace a finished run that is in output_dir.")
+    resume_from_checkpoint: ResumePoint = Field(False, description="Go on from a checkpoint; true: the latest.")
+    logging_steps: int = Field(1, ge=1, description="Steps between two lines of metrics.")
+    save_steps: int | None = Field(None, ge=1, description="Steps between two checkpoints.")
+    save_total_limit: int | None = Field(None, ge=1, description="Checkpoints to keep, the newest ones.")
+    report_to: Trackers = Field(["tensorboard"], description="Trackers that get the metrics as well, or none.")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Decides the order of rows, dropout and the first adapters.")
+    threads: int | None = Field(None, ge=1, description="CPU threads, where torch's own choice is not wanted.")
+
+
+class EvaluationKeys(Config):
+    """Evaluation"""
+
+    adapter: PathText | None = Field(None, description="The directory of a LoRA adapter to put on the model.")
+    per_device_eval_batch_size: int = Field(8, ge=1, description="Rows in one forward pass.")
+    limit: int | None = Field(None, ge=1, description="Look at the first so many rows only.")
+    generate: bool = Field(True, description="Also answer every prompt greedily and count the exact matches.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest generated answer, in tokens.")
+    output: PathText | None = Field(None, description="A JSON file to write the result to.")
+
+
+class GenerationKeys(Config):
+    """Generation"""
+
+    prompt: Text = Field(description="What the user says; - reads it from standard input.")
+    system: str | None = Field(None, description="The system message.")
+    adapter: PathText | None = Field(None, description="The directory of a LoRA adapter to put on the model.")
+    max_new_tokens: int = Field(256, ge=1, description="Longest answer, in tokens.")
+    temperature: float = Field(0.0, ge=0, description="0 always takes the likeliest token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens up to this share.")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Decides which tokens are drawn.")
+
+
+class CheckpointKeys(Config):
+    """Output"""
+
+    output_dir: PathText = Field(description="Where the 4-bit checkpoint goes.")
+    overwrite_output_dir: bool = Field(False, description="Replace a checkpoint that is in output_dir.")
+
+
+class FinetuneConfig(ModelKeys, DataKeys, QuantizationKeys, LoraKeys, BatchKeys, ScheduleKeys, HeldOutKeys, RunKeys):
+    """What `halfbyte finetune` reads."""
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> "FinetuneConfig":
+        epochs = self.num_train_epochs
+        relations = [
+            (
+                "max_steps",
+                self.max_steps < 0 or epochs == type(self).model_fields["num_train_epochs"].default,
+                f"max_steps ({self.max_steps}) and num_train_epochs ({epochs:g}) both say how long to train: "
+                "leave one of them out",
+            ),
+            (
+                "eval_steps",
+                self.eval_steps is None or self.eval_dataset is not None,
+                "eval_steps is set but eval_dataset is not, so there is nothing to evaluate on",
+            ),
+            (
+                "save_total_limit",
+                self.save_total_limit is None or self.save_steps is not None,
+                "save_total_limit is set but save_steps is not, so no checkpoint would be written",
+            ),
+            (
+                "overwrite_output_dir",
+                not (self.overwrite_output_dir and self.resume_from_checkpoint is True),
+                "overwrite_output_dir would remove the checkpoint that resume_from_checkpoint goes on from: "
+                "leave one of them out",
+            ),
+        ]
+        for key, holds, sentence in relations:
+            if not holds:
+                raise PydanticCustomError("keys_disagree", "{sentence}", {"key": key, "sentence": sentence})
+        return self
+
+
+class EvaluateConfig(ModelKeys, DataKeys, QuantizationKeys, EvaluationKeys):
+    """What `halfbyte evaluate` reads."""
+
+
+class GenerateConfig(ModelKeys, GenerationKeys, QuantizationKeys):
+    """What `halfbyte generate` reads."""
+
+
+class QuantizeConfig(ModelKeys, QuantizationKeys, CheckpointKeys):
+    """What `halfbyte quantize` reads."""
