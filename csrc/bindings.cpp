@@ -3,7 +3,9 @@
 // lets go of the interpreter while it works.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 
+#include <array>
 #include <atomic>
 #include <cstring>
 
@@ -90,6 +92,80 @@ void dequantize_8bit(uintptr_t codes, uintptr_t absmax, uintptr_t codebook, int6
                                  threads);
 }
 
+void cross_entropy(uintptr_t logits, int dtype, int64_t rows, int64_t vocabulary, uintptr_t targets,
+                   float scale, float softcap, bool gradient, uintptr_t losses, int threads) {
+    begin_call().cross_entropy({at<void>(logits), static_cast<DType>(dtype), rows, vocabulary,
+                                at<const int64_t>(targets), scale, softcap, gradient, at<float>(losses)},
+                               threads);
+}
+
+void norm_forward(uintptr_t x, uintptr_t weight, uintptr_t bias, int dtype, int64_t rows, int64_t columns,
+                  float eps, float offset, uintptr_t y, uintptr_t mean, uintptr_t rstd, int threads) {
+    begin_call().norm_forward(
+        {at<const void>(x), at<const void>(weight), at<const void>(bias), static_cast<DType>(dtype), rows,
+         columns, eps, offset, at<void>(y), at<float>(mean), at<float>(rstd)},
+        threads);
+}
+
+void norm_backward(uintptr_t grad, uintptr_t x, uintptr_t weight, uintptr_t mean, uintptr_t rstd, int dtype,
+                   int64_t rows, int64_t columns, float offset, uintptr_t grad_x, int threads) {
+    begin_call().norm_backward(
+        {at<const void>(grad), at<const void>(x), at<const void>(weight), at<const float>(mean),
+         at<const float>(rstd), static_cast<DType>(dtype), rows, columns, offset, at<void>(grad_x)},
+        threads);
+}
+
+// `sizes` is batch, heads, length, head_dim, rotary_dim; `strides` those of x, of y and of the tables.
+void rotary(uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t y, int dtype, std::array<int64_t, 5> sizes,
+            std::array<int64_t, 8> strides, bool backward, int threads) {
+    begin_call().rotary({at<const void>(x),
+                         at<const void>(cos),
+                         at<const void>(sin),
+                         at<void>(y),
+                         static_cast<DType>(dtype),
+                         sizes[0],
+                         sizes[1],
+                         sizes[2],
+                         sizes[3],
+                         sizes[4],
+                         {strides[0], strides[1], strides[2]},
+                         {strides[3], strides[4], strides[5]},
+                         {strides[6], strides[7]},
+                         backward},
+                        threads);
+}
+
+void gated_forward(uintptr_t gate, uintptr_t up, uintptr_t out, int dtype, int activation, int64_t rows,
+                   int64_t columns, int64_t gate_stride, int64_t up_stride, int threads) {
+    begin_call().gated_forward(
+        {at<const void>(gate), at<const void>(up), at<void>(out), static_cast<DType>(dtype),
+         static_cast<Activation>(activation), rows, columns, gate_stride, up_stride, columns},
+        threads);
+}
+
+void gated_backward(uintptr_t grad, uintptr_t gate, uintptr_t up, uintptr_t grad_gate, uintptr_t grad_up,
+                    int dtype, int activation, int64_t rows, int64_t columns, int64_t gate_stride,
+                    int64_t up_stride, int64_t grad_stride, int threads) {
+    begin_call().gated_backward(
+        {at<const void>(grad), at<const void>(gate), at<const void>(up), at<void>(grad_gate),
+         at<void>(grad_up), static_cast<DType>(dtype), static_cast<Activation>(activation), rows, columns,
+         gate_stride, up_stride, grad_stride},
+        threads);
+}
+
+// `table` is the address of 5 * tensors integers: sizes, then the addresses of parameters, gradients and
+// moments.
+void adamw_step(int64_t tensors, uintptr_t table, float keep, float one_minus_beta1, float beta2,
+                float one_minus_beta2, float step_size, float root_correction2, float eps, int threads) {
+    const int64_t* rows = at<const int64_t>(table);
+    begin_call().adamw_step({tensors, rows, reinterpret_cast<float* const*>(rows + tensors),
+                             reinterpret_cast<const float* const*>(rows + 2 * tensors),
+                             reinterpret_cast<float* const*>(rows + 3 * tensors),
+                             reinterpret_cast<float* const*>(rows + 4 * tensors), keep, one_minus_beta1,
+                             beta2, one_minus_beta2, step_size, root_correction2, eps},
+                            threads);
+}
+
 }  // namespace
 }  // namespace halfbyte
 
@@ -108,4 +184,11 @@ NB_MODULE(_C, m) {
     m.def("dequantize_4bit", &halfbyte::dequantize_4bit, unlocked());
     m.def("quantize_8bit", &halfbyte::quantize_8bit, unlocked());
     m.def("dequantize_8bit", &halfbyte::dequantize_8bit, unlocked());
+    m.def("cross_entropy", &halfbyte::cross_entropy, unlocked());
+    m.def("norm_forward", &halfbyte::norm_forward, unlocked());
+    m.def("norm_backward", &halfbyte::norm_backward, unlocked());
+    m.def("rotary", &halfbyte::rotary, unlocked());
+    m.def("gated_forward", &halfbyte::gated_forward, unlocked());
+    m.def("gated_backward", &halfbyte::gated_backward, unlocked());
+    m.def("adamw_step", &halfbyte::adamw_step, unlocked());
 }

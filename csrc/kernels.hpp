@@ -69,6 +69,12 @@ struct Dequantize8bit {
     float* values;  // n
 };
 
+}  // namespace halfbyte
+
+#include "block.hpp"
+
+namespace halfbyte {
+
 // One row of the dispatch table. The quantizers return the first block that holds a NaN or an infinity
 // (its absmax and codes are then unspecified), or -1.
 struct Kernels {
@@ -77,6 +83,13 @@ struct Kernels {
     void (*dequantize_4bit)(const Dequantize4bit&, int threads);
     int64_t (*quantize_8bit)(const Quantize8bit&, int threads);
     void (*dequantize_8bit)(const Dequantize8bit&, int threads);
+    void (*cross_entropy)(const CrossEntropy&, int threads);
+    void (*norm_forward)(const NormForward&, int threads);
+    void (*norm_backward)(const NormBackward&, int threads);
+    void (*rotary)(const Rotary&, int threads);
+    void (*gated_forward)(const GatedForward&, int threads);
+    void (*gated_backward)(const GatedBackward&, int threads);
+    void (*adamw_step)(const AdamWStep&, int threads);
 };
 
 }  // namespace halfbyte

@@ -8,7 +8,18 @@
 namespace halfbyte::HALFBYTE_ISA {
 
 const Kernels kernels = {
-    HALFBYTE_STRING(HALFBYTE_ISA), quantize_4bit, dequantize_4bit, quantize_8bit, dequantize_8bit,
+    HALFBYTE_STRING(HALFBYTE_ISA),
+    quantize_4bit,
+    dequantize_4bit,
+    quantize_8bit,
+    dequantize_8bit,
+    cross_entropy,
+    norm_forward,
+    norm_backward,
+    rotary,
+    gated_forward,
+    gated_backward,
+    adamw_step,
 };
 
 }  // namespace halfbyte::HALFBYTE_ISA

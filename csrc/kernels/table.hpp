@@ -9,6 +9,13 @@ int64_t quantize_4bit(const Quantize4bit&, int threads);
 void dequantize_4bit(const Dequantize4bit&, int threads);
 int64_t quantize_8bit(const Quantize8bit&, int threads);
 void dequantize_8bit(const Dequantize8bit&, int threads);
+void cross_entropy(const CrossEntropy&, int threads);
+void norm_forward(const NormForward&, int threads);
+void norm_backward(const NormBackward&, int threads);
+void rotary(const Rotary&, int threads);
+void gated_forward(const GatedForward&, int threads);
+void gated_backward(const GatedBackward&, int threads);
+void adamw_step(const AdamWStep&, int threads);
 
 extern const Kernels kernels;
 

@@ -21,6 +21,20 @@ HALFBYTE_INLINE F32 load(const f16* p) {
 HALFBYTE_INLINE void store(float* p, F32 v) { _mm256_storeu_ps(p, v); }
 HALFBYTE_INLINE F32 broadcast(float x) { return _mm256_set1_ps(x); }
 HALFBYTE_INLINE F32 multiply(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
+HALFBYTE_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+HALFBYTE_INLINE F32 sqrt(F32 v) { return _mm256_sqrt_ps(v); }
+HALFBYTE_INLINE F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+HALFBYTE_INLINE F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
+HALFBYTE_INLINE float reduce_add(F32 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+HALFBYTE_INLINE float reduce_max(F32 v) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
 
 HALFBYTE_INLINE I32 zero_bits() { return _mm256_setzero_si256(); }
 HALFBYTE_INLINE I32 magnitude_bits(F32 v) {
@@ -105,6 +119,12 @@ HALFBYTE_INLINE I32 round_to(F32 v, bf16) {  // the 16 bits of the result in eac
 }
 HALFBYTE_INLINE I32 round_to(F32 v, f16) {
     return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+template <class T>
+HALFBYTE_INLINE void store(T* p, F32 v) {  // bf16 and f16
+    const I32 bits = round_to(v, T{});
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words);
 }
 
 template <class T>

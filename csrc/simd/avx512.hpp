@@ -21,6 +21,12 @@ HALFBYTE_INLINE F32 load(const f16* p) {
 HALFBYTE_INLINE void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
 HALFBYTE_INLINE F32 broadcast(float x) { return _mm512_set1_ps(x); }
 HALFBYTE_INLINE F32 multiply(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+HALFBYTE_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+HALFBYTE_INLINE F32 sqrt(F32 v) { return _mm512_sqrt_ps(v); }
+HALFBYTE_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+HALFBYTE_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+HALFBYTE_INLINE float reduce_add(F32 v) { return _mm512_reduce_add_ps(v); }
+HALFBYTE_INLINE float reduce_max(F32 v) { return _mm512_reduce_max_ps(v); }
 
 HALFBYTE_INLINE I32 zero_bits() { return _mm512_setzero_si512(); }
 HALFBYTE_INLINE I32 magnitude_bits(F32 v) {
@@ -81,6 +87,10 @@ HALFBYTE_INLINE __m256i round_to_bf16(F32 v) {
 }
 HALFBYTE_INLINE __m256i round_to(F32 v, bf16) { return round_to_bf16(v); }
 HALFBYTE_INLINE __m256i round_to(F32 v, f16) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+template <class T>
+HALFBYTE_INLINE void store(T* p, F32 v) {  // bf16 and f16
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to(v, T{}));
+}
 
 template <class T>
 class Table16 {  // bf16 and f16

@@ -20,6 +20,12 @@ HALFBYTE_INLINE F32 load(const f16* p) {
 HALFBYTE_INLINE void store(float* p, F32 v) { vst1q_f32(p, v); }
 HALFBYTE_INLINE F32 broadcast(float x) { return vdupq_n_f32(x); }
 HALFBYTE_INLINE F32 multiply(F32 a, F32 b) { return vmulq_f32(a, b); }
+HALFBYTE_INLINE F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
+HALFBYTE_INLINE F32 sqrt(F32 v) { return vsqrtq_f32(v); }
+HALFBYTE_INLINE F32 max(F32 a, F32 b) { return vmaxq_f32(a, b); }
+HALFBYTE_INLINE F32 min(F32 a, F32 b) { return vminq_f32(a, b); }
+HALFBYTE_INLINE float reduce_add(F32 v) { return vaddvq_f32(v); }
+HALFBYTE_INLINE float reduce_max(F32 v) { return vmaxvq_f32(v); }
 
 HALFBYTE_INLINE I32 zero_bits() { return vdupq_n_s32(0); }
 HALFBYTE_INLINE I32 magnitude_bits(F32 v) {
@@ -64,6 +70,10 @@ HALFBYTE_INLINE uint16x4_t round_to(F32 v, bf16) {
     return vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), rounded, vdupq_n_u32(0x7fc00000)), 16);
 }
 HALFBYTE_INLINE uint16x4_t round_to(F32 v, f16) { return vreinterpret_u16_f16(vcvt_f16_f32(v)); }
+template <class T>
+HALFBYTE_INLINE void store(T* p, F32 v) {  // bf16 and f16
+    vst1_u16(reinterpret_cast<uint16_t*>(p), round_to(v, T{}));
+}
 
 // Sixteen bytes -> their high and low nibbles interleaved, in the order of the values.
 HALFBYTE_INLINE uint8x16x2_t codes_of(const uint8_t* packed) {

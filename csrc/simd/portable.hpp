@@ -30,6 +30,19 @@ HALFBYTE_INLINE F32 load(const f16* p) {
 }
 HALFBYTE_INLINE void store(float* p, F32 v) { memcpy(p, &v, sizeof v); }
 HALFBYTE_INLINE F32 multiply(F32 a, F32 b) { return a * b; }
+HALFBYTE_INLINE F32 fma(F32 a, F32 b, F32 c) {
+    return a * b + c;
+}  // rounds twice: a baseline may lack the instruction
+HALFBYTE_INLINE F32 sqrt(F32 v) {
+    return F32{__builtin_sqrtf(v[0]), __builtin_sqrtf(v[1]), __builtin_sqrtf(v[2]), __builtin_sqrtf(v[3])};
+}
+HALFBYTE_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
+HALFBYTE_INLINE F32 min(F32 a, F32 b) { return a < b ? a : b; }
+HALFBYTE_INLINE float reduce_add(F32 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+HALFBYTE_INLINE float reduce_max(F32 v) {
+    const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+}
 
 HALFBYTE_INLINE I32 zero_bits() { return I32{}; }
 HALFBYTE_INLINE I32 magnitude_bits(F32 v) { return (I32)v & broadcast(0x7fffffff); }
@@ -95,6 +108,16 @@ HALFBYTE_INLINE void round_to(float x, f16* out) {
         half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
     }
     out->bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000));
+}
+
+HALFBYTE_INLINE void store(bf16* p, F32 v) {
+    const I32 bits = (I32)v;
+    const I32 rounded = bits + broadcast(0x7fff) + (bits >> 16 & broadcast(1));
+    const I32 safe = v == v ? rounded : broadcast(0x7fc00000);
+    for (int i = 0; i < lanes; ++i) p[i].bits = static_cast<uint16_t>(safe[i] >> 16);
+}
+HALFBYTE_INLINE void store(f16* p, F32 v) {
+    for (int i = 0; i < lanes; ++i) round_to(v[i], p + i);
 }
 
 template <class T>
