@@ -2,6 +2,8 @@
 
 # ruff: noqa: N999  (the name of a compiled module)
 
+from collections.abc import Sequence
+
 def implementations() -> list[tuple[str, bool, str]]: ...
 def select(name: str) -> bool: ...
 def selected() -> str: ...
@@ -17,4 +19,100 @@ def quantize_8bit(
 ) -> int: ...
 def dequantize_8bit(
     codes: int, absmax: int, codebook: int, n: int, block_size: int, values: int, threads: int, /
+) -> None: ...
+def cross_entropy(
+    logits: int,
+    dtype: int,
+    rows: int,
+    vocabulary: int,
+    targets: int,
+    scale: float,
+    softcap: float,
+    gradient: bool,
+    losses: int,
+    threads: int,
+    /,
+) -> None: ...
+def norm_forward(
+    x: int,
+    weight: int,
+    bias: int,
+    dtype: int,
+    rows: int,
+    columns: int,
+    eps: float,
+    offset: float,
+    y: int,
+    mean: int,
+    rstd: int,
+    threads: int,
+    /,
+) -> None: ...
+def norm_backward(
+    grad: int,
+    x: int,
+    weight: int,
+    mean: int,
+    rstd: int,
+    dtype: int,
+    rows: int,
+    columns: int,
+    offset: float,
+    grad_x: int,
+    threads: int,
+    /,
+) -> None: ...
+def rotary(
+    x: int,
+    cos: int,
+    sin: int,
+    y: int,
+    dtype: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    backward: bool,
+    threads: int,
+    /,
+) -> None: ...
+def gated_forward(
+    gate: int,
+    up: int,
+    out: int,
+    dtype: int,
+    activation: int,
+    rows: int,
+    columns: int,
+    gate_stride: int,
+    up_stride: int,
+    threads: int,
+    /,
+) -> None: ...
+def gated_backward(
+    grad: int,
+    gate: int,
+    up: int,
+    grad_gate: int,
+    grad_up: int,
+    dtype: int,
+    activation: int,
+    rows: int,
+    columns: int,
+    gate_stride: int,
+    up_stride: int,
+    grad_stride: int,
+    threads: int,
+    /,
+) -> None: ...
+def adamw_step(
+    tensors: int,
+    table: int,
+    keep: float,
+    one_minus_beta1: float,
+    beta2: float,
+    one_minus_beta2: float,
+    step_size: float,
+    root_correction2: float,
+    eps: float,
+    threads: int,
+    /,
 ) -> None: ...

@@ -8,20 +8,36 @@ from halfbyte.ops._dispatch import (
     executed_implementation,
     forced_implementation,
 )
+from halfbyte.ops.adamw_step import adamw_step
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
 from halfbyte.ops.dequantize_8bit import dequantize_8bit
+from halfbyte.ops.gated import ACTIVATIONS, gated, gated_backward
+from halfbyte.ops.layer_norm import layer_norm, layer_norm_backward
+from halfbyte.ops.linear_cross_entropy import linear_cross_entropy
 from halfbyte.ops.quantize_4bit import quantize_4bit
 from halfbyte.ops.quantize_8bit import quantize_8bit
+from halfbyte.ops.rms_norm import rms_norm, rms_norm_backward
+from halfbyte.ops.rotary import rotary
 
 __all__ = [
+    "ACTIVATIONS",
     "ENVIRONMENT_VARIABLE",
     "Implementation",
     "active_implementation",
+    "adamw_step",
     "available_implementations",
     "dequantize_4bit",
     "dequantize_8bit",
     "executed_implementation",
     "forced_implementation",
+    "gated",
+    "gated_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "linear_cross_entropy",
     "quantize_4bit",
     "quantize_8bit",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotary",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,23 @@ def check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype, element
             f"{op}: {name} is {tensor.numel()} elements of {tensor.dtype} on {tensor.device}; "
             f"it must be {elements} of {dtype} on {device}."
         )
+
+
+def check_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise HalfbyteError(f"{op}: {name} has strides {tensor.stride()}; what is written in place must be contiguous.")
+
+
+def check_targets(op: str, targets: Tensor, vocabulary: int) -> None:
+    if targets.numel():
+        lowest, highest = (int(bound) for bound in targets.aminmax())
+        if lowest < 0 or highest >= vocabulary:
+            raise HalfbyteError(f"{op}: targets go from {lowest} to {highest}; each must be in [0, {vocabulary}).")
+
+
+def row_count(x: Tensor) -> int:
+    """How many rows of its last dimension `x` has."""
+    return math.prod(x.shape[:-1])
 
 
 def not_finite(op: str, block: int, block_size: int, n: int) -> HalfbyteError:

@@ -37,6 +37,15 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("quantize_8bit", "cuda"): ("reference",),
     ("dequantize_8bit", "cpu"): (*NATIVE, "reference"),
     ("dequantize_8bit", "cuda"): ("bitsandbytes", "reference"),
+    ("adamw_step", "cpu"): (*NATIVE, "reference"),
+    ("gated", "cpu"): (*NATIVE, "reference"),
+    ("gated_backward", "cpu"): (*NATIVE, "reference"),
+    ("layer_norm", "cpu"): (*NATIVE, "reference"),
+    ("layer_norm_backward", "cpu"): (*NATIVE, "reference"),
+    ("linear_cross_entropy", "cpu"): (*NATIVE, "reference"),
+    ("rms_norm", "cpu"): (*NATIVE, "reference"),
+    ("rms_norm_backward", "cpu"): (*NATIVE, "reference"),
+    ("rotary", "cpu"): (*NATIVE, "reference"),
 }
 
 
@@ -125,7 +134,8 @@ def _resolve(op: str, device: str) -> _Entry:
     name = _state.forced or candidates[0]
     if name in NATIVE:
         _C.select(name)
-    module = importlib.import_module(f"halfbyte.ops.{op}.{'cpu' if name in NATIVE else name}")
+    folder = op.removesuffix("_backward")  # an op and its backward live together
+    module = importlib.import_module(f"halfbyte.ops.{folder}.{'cpu' if name in NATIVE else name}")
     entry = _Entry(name, getattr(module, op))
     _state.entries[op, device] = entry
     return entry
