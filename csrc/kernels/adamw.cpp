@@ -13,8 +13,8 @@ constexpr int64_t piece = 8192;
 
 HALFBYTE_INLINE int64_t pieces_of(int64_t size) { return (size + piece - 1) / piece; }
 
-// In the order of torch's own operators (lerp, mul, addcmul, sqrt, div, add, mul, addcdiv), for the same
-// roundings.
+// In the order of torch's own operators (lerp, mul, addcmul, sqrt, div, add, mul, addcdiv): with fused
+// multiply-add the moments are theirs to the bit. roundings.
 HALFBYTE_INLINE void step_piece(const AdamWStep& call, int64_t tensor, int64_t start) {
     float* parameter = call.parameters[tensor] + start;
     const float* grad = call.grads[tensor] + start;
