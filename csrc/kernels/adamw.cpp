@@ -23,14 +23,14 @@ HALFBYTE_INLINE void step_piece(const AdamWStep& call, int64_t tensor, int64_t s
     const int64_t left = call.sizes[tensor] - start;
     for_registers(left < piece ? left : piece, [&](int64_t i, auto access) HALFBYTE_LAMBDA {
         const F32 g = access.get(grad + i), m_before = access.get(exp_avg + i);
-        const F32 m = fma(broadcast(call.one_minus_beta1), g - m_before, m_before);
+        const F32 m = multiply_add(broadcast(call.one_minus_beta1), g - m_before, m_before);
         const F32 decayed = access.get(exp_avg_sq + i) * broadcast(call.beta2);
-        const F32 v = fma(broadcast(call.one_minus_beta2) * g, g, decayed);
+        const F32 v = multiply_add(broadcast(call.one_minus_beta2) * g, g, decayed);
         const F32 denominator = sqrt(v) / broadcast(call.root_correction2) + broadcast(call.eps);
         const F32 kept = access.get(parameter + i) * broadcast(call.keep);
         access.put(exp_avg + i, m);
         access.put(exp_avg_sq + i, v);
-        access.put(parameter + i, fma(broadcast(-call.step_size), m / denominator, kept));
+        access.put(parameter + i, multiply_add(broadcast(-call.step_size), m / denominator, kept));
     });
 }
 

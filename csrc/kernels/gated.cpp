@@ -18,25 +18,25 @@ struct ValueAndSlope {
 struct Silu {  // x * sigmoid(x)
     HALFBYTE_INLINE ValueAndSlope operator()(F32 x) const {
         const F32 one = broadcast(1.0f), s = sigmoid(x);
-        return {x * s, s * fma(x, one - s, one)};
+        return {x * s, s * multiply_add(x, one - s, one)};
     }
 };
 
 struct GeluTanh {  // x/2 * (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2/pi) * (x + 0.044715 x^3)
     HALFBYTE_INLINE ValueAndSlope operator()(F32 x) const {
         const F32 one = broadcast(1.0f), twice_root = broadcast(1.5957691216f), square = x * x;
-        const F32 s = sigmoid(twice_root * x * fma(broadcast(0.044715f), square, one));
-        const F32 slope = twice_root * fma(broadcast(3 * 0.044715f), square, one);
-        return {x * s, fma(x * s * (one - s), slope, s)};
+        const F32 s = sigmoid(twice_root * x * multiply_add(broadcast(0.044715f), square, one));
+        const F32 slope = twice_root * multiply_add(broadcast(3 * 0.044715f), square, one);
+        return {x * s, multiply_add(x * s * (one - s), slope, s)};
     }
 };
 
 struct Gelu {  // x * Phi(x), Phi the normal distribution
     HALFBYTE_INLINE ValueAndSlope operator()(F32 x) const {
         const F32 half = broadcast(0.5f);
-        const F32 phi = fma(half, erf(x * broadcast(0.70710678f)), half);
+        const F32 phi = multiply_add(half, erf(x * broadcast(0.70710678f)), half);
         const F32 density = broadcast(0.39894228f) * exp(-half * x * x);
-        return {x * phi, fma(x, density, phi)};
+        return {x * phi, multiply_add(x, density, phi)};
     }
 };
 

@@ -31,7 +31,7 @@ void normalize_rows(void* context, int64_t begin, int64_t end) {
         F32 squares = zero;
         for_registers(n, [&](int64_t i, auto access) HALFBYTE_LAMBDA {
             const F32 d = centered ? access.only(access.get(x + i) - mean) : access.get(x + i);
-            squares = fma(d, d, squares);
+            squares = multiply_add(d, d, squares);
         });
         const float rstd = 1 / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(n) + call.eps);
         call.rstd[row] = rstd;
@@ -60,7 +60,7 @@ void normalize_rows_backward(void* context, int64_t begin, int64_t end) {
         for_registers(n, [&](int64_t i, auto access) HALFBYTE_LAMBDA {
             const F32 g = access.get(grad + i) * (offset + access.get(weight + i));
             if (centered) sum = sum + g;
-            product = fma(g, (access.get(x + i) - mean) * r, product);
+            product = multiply_add(g, (access.get(x + i) - mean) * r, product);
         });
         const F32 mean_g = broadcast(centered ? reduce_add(sum) / static_cast<float>(n) : 0.0f);
         const F32 mean_gz = broadcast(reduce_add(product) / static_cast<float>(n));

@@ -26,8 +26,10 @@ void rotate_positions(void* context, int64_t begin, int64_t end) {
                 const F32 a = access.get(x + i), b = access.get(x + half + i);
                 const F32 cos_a = access.get(cos + i), cos_b = access.get(cos + half + i);
                 const F32 sin_a = access.get(sin + i), sin_b = access.get(sin + half + i);
-                const F32 first = call.backward ? fma(b, sin_b, a * cos_a) : fma(-b, sin_a, a * cos_a);
-                const F32 second = call.backward ? fma(-a, sin_a, b * cos_b) : fma(a, sin_b, b * cos_b);
+                const F32 first =
+                    call.backward ? multiply_add(b, sin_b, a * cos_a) : multiply_add(-b, sin_a, a * cos_a);
+                const F32 second =
+                    call.backward ? multiply_add(-a, sin_a, b * cos_b) : multiply_add(a, sin_b, b * cos_b);
                 access.put(y + i, first);
                 access.put(y + half + i, second);
             });

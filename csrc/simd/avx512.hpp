@@ -21,7 +21,7 @@ HALFBYTE_INLINE F32 load(const f16* p) {
 HALFBYTE_INLINE void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
 HALFBYTE_INLINE F32 broadcast(float x) { return _mm512_set1_ps(x); }
 HALFBYTE_INLINE F32 multiply(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
-HALFBYTE_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+HALFBYTE_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 HALFBYTE_INLINE F32 sqrt(F32 v) { return _mm512_sqrt_ps(v); }
 HALFBYTE_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 HALFBYTE_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }

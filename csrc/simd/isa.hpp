@@ -7,7 +7,7 @@
 //   load(T*)                    `lanes` values of float, bf16 or f16, exactly, as F32
 //   store(T*, F32)              `lanes` values rounded to T, to nearest even
 //   broadcast(float), multiply(F32, F32)
-//   fma(a, b, c)                a * b + c, rounded once where the hardware can
+//   multiply_add(a, b, c)                a * b + c, rounded once where the hardware can
 //   sqrt(F32), max(F32, F32), min(F32, F32), reduce_add(F32), reduce_max(F32)
 //   zero_bits(), magnitude_bits(F32), max(I32, I32), reduce_max(I32)
 //   Nearest16(const Codebook16&)

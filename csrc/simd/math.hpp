@@ -22,32 +22,32 @@ typedef int32_t Bits
 HALFBYTE_INLINE F32 exp(F32 x) {
     const F32 round = broadcast(0x1.8p23f);  // adding it leaves the nearest integer in the low bits
     x = min(broadcast(88.0f), x);            // (the second operand is what a NaN comes through)
-    const F32 shifted = fma(x, broadcast(1.44269504f), round);
+    const F32 shifted = multiply_add(x, broadcast(1.44269504f), round);
     const F32 n = shifted - round;
-    F32 r = fma(n, broadcast(-0x1.62e4p-1f), x);
-    r = fma(n, broadcast(-0x1.7f7d1cp-20f), r);
-    F32 p = fma(broadcast(1.0f / 720), r, broadcast(1.0f / 120));
-    p = fma(p, r, broadcast(1.0f / 24));
-    p = fma(p, r, broadcast(1.0f / 6));
-    p = fma(p, r, broadcast(0.5f));
-    p = fma(p, r, broadcast(1.0f));
-    p = fma(p, r, broadcast(1.0f));
+    F32 r = multiply_add(n, broadcast(-0x1.62e4p-1f), x);
+    r = multiply_add(n, broadcast(-0x1.7f7d1cp-20f), r);
+    F32 p = multiply_add(broadcast(1.0f / 720), r, broadcast(1.0f / 120));
+    p = multiply_add(p, r, broadcast(1.0f / 24));
+    p = multiply_add(p, r, broadcast(1.0f / 6));
+    p = multiply_add(p, r, broadcast(0.5f));
+    p = multiply_add(p, r, broadcast(1.0f));
+    p = multiply_add(p, r, broadcast(1.0f));
     const F32 power = (F32)(((Bits)shifted + 127) << 23);
     const F32 zero = broadcast(0.0f);
     return x < broadcast(-87.3f) ? zero : p * power;
 }
 
 HALFBYTE_INLINE F32 sigmoid(F32 x) { return broadcast(1.0f) / (broadcast(1.0f) + exp(-x)); }
-HALFBYTE_INLINE F32 tanh(F32 x) { return fma(broadcast(2.0f), sigmoid(x + x), broadcast(-1.0f)); }
+HALFBYTE_INLINE F32 tanh(F32 x) { return multiply_add(broadcast(2.0f), sigmoid(x + x), broadcast(-1.0f)); }
 
 // Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
 HALFBYTE_INLINE F32 erf(F32 x) {
     const F32 magnitude = max(x, -x), one = broadcast(1.0f);
-    const F32 t = one / fma(broadcast(0.3275911f), magnitude, one);
-    F32 p = fma(broadcast(1.061405429f), t, broadcast(-1.453152027f));
-    p = fma(p, t, broadcast(1.421413741f));
-    p = fma(p, t, broadcast(-0.284496736f));
-    p = fma(p, t, broadcast(0.254829592f));
+    const F32 t = one / multiply_add(broadcast(0.3275911f), magnitude, one);
+    F32 p = multiply_add(broadcast(1.061405429f), t, broadcast(-1.453152027f));
+    p = multiply_add(p, t, broadcast(1.421413741f));
+    p = multiply_add(p, t, broadcast(-0.284496736f));
+    p = multiply_add(p, t, broadcast(0.254829592f));
     const F32 y = one - p * t * exp(-magnitude * magnitude);
     return x < broadcast(0.0f) ? -y : y;
 }

@@ -20,7 +20,7 @@ HALFBYTE_INLINE F32 load(const f16* p) {
 HALFBYTE_INLINE void store(float* p, F32 v) { vst1q_f32(p, v); }
 HALFBYTE_INLINE F32 broadcast(float x) { return vdupq_n_f32(x); }
 HALFBYTE_INLINE F32 multiply(F32 a, F32 b) { return vmulq_f32(a, b); }
-HALFBYTE_INLINE F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
+HALFBYTE_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
 HALFBYTE_INLINE F32 sqrt(F32 v) { return vsqrtq_f32(v); }
 HALFBYTE_INLINE F32 max(F32 a, F32 b) { return vmaxq_f32(a, b); }
 HALFBYTE_INLINE F32 min(F32 a, F32 b) { return vminq_f32(a, b); }

@@ -30,7 +30,7 @@ HALFBYTE_INLINE F32 load(const f16* p) {
 }
 HALFBYTE_INLINE void store(float* p, F32 v) { memcpy(p, &v, sizeof v); }
 HALFBYTE_INLINE F32 multiply(F32 a, F32 b) { return a * b; }
-HALFBYTE_INLINE F32 fma(F32 a, F32 b, F32 c) {
+HALFBYTE_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
     return a * b + c;
 }  // rounds twice: a baseline may lack the instruction
 HALFBYTE_INLINE F32 sqrt(F32 v) {
