@@ -24,7 +24,6 @@ HALFBYTE_INLINE F32 multiply(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
 HALFBYTE_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 HALFBYTE_INLINE F32 sqrt(F32 v) { return _mm256_sqrt_ps(v); }
 HALFBYTE_INLINE F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
-HALFBYTE_INLINE F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 HALFBYTE_INLINE float reduce_add(F32 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

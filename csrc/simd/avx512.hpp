@@ -24,7 +24,6 @@ HALFBYTE_INLINE F32 multiply(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 HALFBYTE_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 HALFBYTE_INLINE F32 sqrt(F32 v) { return _mm512_sqrt_ps(v); }
 HALFBYTE_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
-HALFBYTE_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 HALFBYTE_INLINE float reduce_add(F32 v) { return _mm512_reduce_add_ps(v); }
 HALFBYTE_INLINE float reduce_max(F32 v) { return _mm512_reduce_max_ps(v); }
 

@@ -8,7 +8,7 @@
 //   store(T*, F32)              `lanes` values rounded to T, to nearest even
 //   broadcast(float), multiply(F32, F32)
 //   multiply_add(a, b, c)                a * b + c, rounded once where the hardware can
-//   sqrt(F32), max(F32, F32), min(F32, F32), reduce_add(F32), reduce_max(F32)
+//   sqrt(F32), max(F32, F32), reduce_add(F32), reduce_max(F32)
 //   zero_bits(), magnitude_bits(F32), max(I32, I32), reduce_max(I32)
 //   Nearest16(const Codebook16&)
 //       .rank(F32) -> I32       how many thresholds lie below each value

@@ -23,7 +23,6 @@ HALFBYTE_INLINE F32 multiply(F32 a, F32 b) { return vmulq_f32(a, b); }
 HALFBYTE_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
 HALFBYTE_INLINE F32 sqrt(F32 v) { return vsqrtq_f32(v); }
 HALFBYTE_INLINE F32 max(F32 a, F32 b) { return vmaxq_f32(a, b); }
-HALFBYTE_INLINE F32 min(F32 a, F32 b) { return vminq_f32(a, b); }
 HALFBYTE_INLINE float reduce_add(F32 v) { return vaddvq_f32(v); }
 HALFBYTE_INLINE float reduce_max(F32 v) { return vmaxvq_f32(v); }
 

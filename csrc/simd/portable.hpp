@@ -37,7 +37,6 @@ HALFBYTE_INLINE F32 sqrt(F32 v) {
     return F32{__builtin_sqrtf(v[0]), __builtin_sqrtf(v[1]), __builtin_sqrtf(v[2]), __builtin_sqrtf(v[3])};
 }
 HALFBYTE_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
-HALFBYTE_INLINE F32 min(F32 a, F32 b) { return a < b ? a : b; }
 HALFBYTE_INLINE float reduce_add(F32 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 HALFBYTE_INLINE float reduce_max(F32 v) {
     const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];

@@ -25,3 +25,12 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 def seed() -> None:
     """The same random values whatever runs before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def uninitialized_is_nan() -> Iterator[None]:
+    """Memory that an op allocates and forgets to write shows as NaN in its result."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""What the tests of the four ops share: codebooks as tensors, hostile values, and the reference implementations."""
+"""What the tests of the ops share: codebooks as tensors, hostile values, the references, the error against float32."""
 
 from collections.abc import Callable
 from typing import Any
@@ -49,3 +49,27 @@ def hostile_values(n: int, codebook: Tensor, seed: int = 0) -> Tensor:
     scale[torch.rand(len(scale), generator=generator) < 0.1] = 0.0
     scale[torch.rand(len(scale), generator=generator) < 0.1] = 2.0**-130
     return values * scale.repeat_interleave(256)[:n]
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    """Root mean square distance from the float32 result, relative to that result."""
+    difference = (got.double() - exact.double()).square().mean().sqrt()
+    return float(difference / exact.double().square().mean().sqrt().clamp(min=1e-30))
+
+
+def assert_no_worse(got: Any, reference: Any, exact: Any, slack: float = 0.02, floor: float = 1e-6) -> None:
+    """`got` is no further from the float32 result than `reference` in the same dtype is.
+
+    `slack` is a share of the reference's own distance: two correct roundings of nearly equal numbers differ by so much
+    in the mean. `floor`, in units of the result, is what float32 arithmetic in another order comes to.
+    """
+    for ours, theirs, oracle in zip(_tensors(got), _tensors(reference), _tensors(exact), strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        assert ours.isfinite().all()
+        if ours.numel():
+            assert error(ours, oracle) <= error(theirs, oracle) * (1 + slack) + floor
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
