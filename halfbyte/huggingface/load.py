@@ -1,9 +1,13 @@
 """A causal language model in 4 bits, built on the meta device and filled tensor by tensor."""
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoTokenizer,
@@ -17,7 +21,10 @@ from transformers.utils.logging import disable_progress_bar
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.gguf import read_gguf_tensors
 from halfbyte.huggingface.quantizer import QUANT_METHOD, QuantizationConfig, first_conversion_error
-from halfbyte.huggingface.source import Source, locate, read_config, read_safetensors
+from halfbyte.huggingface.source import Source, locate, read_config, read_safetensors, reason
+from halfbyte.nn import Linear4bit
+
+_EVERY_MODULE = ".*"  # to skip, where nothing is to be quantized
 
 
 def load_model(
@@ -55,13 +62,16 @@ def load_model(
         tensors, conversions = read_gguf_tensors(source.gguf_file, config, model_class, compute_dtype)
         if conversions:
             # The quantizer is what hands conversions to transformers, so it is there even if it quantizes nothing.
-            quantization = quantization or QuantizationConfig(compute_dtype=compute_dtype, skip_modules=[".*"])
+            quantization = quantization or QuantizationConfig(compute_dtype=compute_dtype, skip_modules=[_EVERY_MODULE])
             quantization.conversions = conversions
     else:
         tensors = read_safetensors(source.directory)
     saved = getattr(config, "quantization_config", None)
     if saved is not None:
-        read = QuantizationConfig.from_bitsandbytes(saved, compute_dtype)
+        try:
+            read = QuantizationConfig.from_bitsandbytes(saved, compute_dtype)
+        except HalfbyteError as error:
+            raise HalfbyteError(f"{source.directory}/{error}") from error
         # transformers wants a dictionary here, and then takes the checkpoint as quantized already
         config.quantization_config = {"quant_method": QUANT_METHOD, **vars(read)}
         quantization = None
@@ -74,10 +84,9 @@ def load_tokenizer(source: Source | str) -> PreTrainedTokenizerBase:
     source = locate(source) if isinstance(source, str) else source
     kwargs = {"gguf_file": source.gguf_file.name} if source.gguf_file else {}
     try:
-        return AutoTokenizer.from_pretrained(source.directory, **kwargs)
+        return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **kwargs)
     except Exception as error:  # whatever transformers and tokenizers raise on files that they cannot read
-        reason = str(error).strip().splitlines()[0]
-        raise HalfbyteError(f"{source.path} holds no tokenizer that can be read ({reason}).") from error
+        raise HalfbyteError(f"{source.path} holds no tokenizer that can be read ({reason(error)}).") from error
 
 
 def _build(
@@ -92,7 +101,15 @@ def _build(
     if not sys.stderr.isatty():
         disable_progress_bar()  # a bar that cannot be redrawn is a page of noise
     try:
-        with first_conversion_error():
+        with torch.device("meta"):
+            model_class(config)
+    except Exception as error:  # sizes that do not divide, names that are not known: every model has its own
+        kind = type(error).__name__
+        raise HalfbyteError(
+            f"{source.path}: no model can be built from its config ({kind}: {reason(error)})."
+        ) from error
+    try:
+        with first_conversion_error(), _quiet_transformers():
             model, report = model_class.from_pretrained(
                 None,
                 config=config,
@@ -100,20 +117,61 @@ def _build(
                 quantization_config=quantization,
                 dtype=dtype,
                 device_map={"": torch.device(device)},
+                ignore_mismatched_sizes=True,  # told below, by name
                 output_loading_info=True,
             )
     except HalfbyteError as error:
         raise HalfbyteError(f"{source.path}: {error}") from error
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise HalfbyteError(f"{source.path} does not fit its configuration: {reason}") from error
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        raise HalfbyteError(f"{source.path} cannot be loaded: {reason(error)}.") from error
+    _check_complete(source, model, report)
+    if quantization is not None and _EVERY_MODULE in (quantization.skip_modules or []):
+        model.hf_quantizer.remove_quantization_config(model)
+    elif quantization is not None and not any(isinstance(module, Linear4bit) for module in model.modules()):
+        raise HalfbyteError(f"{source.path} has no linear layer that can be in 4 bits; use quant_type none.")
+    model.generation_config = _read_generation_config(source) or model.generation_config
+    model.config.name_or_path = source.name
+    model.name_or_path = source.name
+    return model.eval()
+
+
+def _check_complete(source: Source, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Every tensor was there, of the right shape and finite."""
     if report["missing_keys"]:
         first = min(report["missing_keys"])
         raise HalfbyteError(
             f"{source.path} lacks {len(report['missing_keys'])} of the model's tensors, among them {first}."
         )
-    if (source.directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.directory)
-    model.config.name_or_path = source.name
-    model.name_or_path = source.name
-    return model.eval()
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise HalfbyteError(
+            f"{source.path}: {name} is {tuple(found)} where the model's config asks for {tuple(expected)}."
+        )
+    for name, parameter in model.named_parameters():
+        # The extremes propagate NaN and need no memory. Codes are no numbers, and were checked when they were made.
+        is_number = parameter.is_floating_point() and parameter.numel()
+        if is_number and not all(extreme.isfinite() for extreme in parameter.aminmax()):
+            raise HalfbyteError(f"{source.path}: {name} holds a NaN or an infinity.")
+
+
+def _read_generation_config(source: Source) -> GenerationConfig | None:
+    if source.gguf_file or not (source.directory / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(source.directory)
+    except (OSError, ValueError, TypeError) as error:
+        raise HalfbyteError(f"{source.directory}/generation_config.json cannot be read ({reason(error)}).") from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the table of missing and broken tensors, with tracebacks in it: what it says is told in a sentence."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_error)  # a level would be read as a wish for other warnings
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

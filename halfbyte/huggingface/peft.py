@@ -4,18 +4,29 @@ PEFT maps a base layer to a LoRA layer through `LoraConfig._register_custom_modu
 saved with an adapter, so it is registered again on load.
 """
 
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.huggingface.source import reason
 from halfbyte.nn import Linear4bit, lora_product
 from halfbyte.quant import QuantizedTensor, quantize_4bit
+
+# PEFT's initial values that do not look at the base weight.
+_INITIALIZERS = (True, False, "gaussian", "eva")
 
 
 class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
@@ -24,6 +35,17 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
     def __init__(self, base_layer: Linear4bit, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
         self._before_merge: list[QuantizedTensor] = []
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """As PEFT's, for adapters that do not begin with numbers of the base weight: PEFT would read its codes."""
+        if config.init_lora_weights not in _INITIALIZERS:
+            raise HalfbyteError(
+                f"init_lora_weights {config.init_lora_weights!r} changes or reads the base weight, which is in 4 bits;"
+                " leave it out."
+            )
+        if self.resolve_lora_variant(config=config) is not None:
+            raise HalfbyteError("Only plain LoRA can be put on a base in 4 bits; leave use_dora and the like out.")
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = self._plain_adapter(kwargs)
@@ -47,7 +69,7 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
         if kwargs or self.disable_adapters or self.merged or len(active) != 1:
             return None
         (adapter,) = active
-        return None if adapter in self.lora_variant or self.lora_bias[adapter] else adapter
+        return None if self.lora_bias[adapter] else adapter
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: ARG002
         """Add the adapters to the dequantized weight and quantize again; the codes are kept for `unmerge`.
@@ -58,12 +80,16 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.lora_A:
                 continue
-            if adapter in self.lora_variant or self.lora_bias[adapter]:
-                raise HalfbyteError(f"Adapter {adapter!r} is not plain LoRA; its merge into 4 bits is not there yet.")
+            if self.lora_bias[adapter]:
+                raise HalfbyteError(
+                    f"Adapter {adapter!r} has a bias; its merge into a base in 4 bits is not there yet."
+                )
             before = base.quantized
-            weight = before.dequantize() + self.get_delta_weight(adapter).to(before.dtype)
+            with torch.no_grad():
+                weight = before.dequantize(torch.float32) + self.get_delta_weight(adapter).float()
+            merged = quantize_4bit(weight.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
             self._before_merge.append(before)
-            base.quantized = quantize_4bit(weight, before.quant_type, before.block_size, base.double_quant)
+            base.quantized = merged
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
@@ -84,9 +110,10 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """
     _register(config)
     try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise HalfbyteError(f"target_modules {config.target_modules!r}: {error}") from error
+        with _quiet_peft():
+            return get_peft_model(model, config)
+    except (ValueError, re.error) as error:
+        raise HalfbyteError(f"target_modules does not fit the model: {reason(error)}.") from error
 
 
 def load_adapter(model: PreTrainedModel, directory: Path | str, is_trainable: bool = False) -> PeftModel:
@@ -95,17 +122,36 @@ def load_adapter(model: PreTrainedModel, directory: Path | str, is_trainable: bo
     Raises:
         HalfbyteError: the directory holds no adapter, or one that does not fit the model.
     """
+    directory = Path(directory)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (Path(directory) / name).is_file():
+        if not (directory / name).is_file():
             raise HalfbyteError(f"{directory} holds no {name}, so it is not a saved adapter.")
     try:
         config = LoraConfig.from_pretrained(str(directory))
         _register(config)
-        return PeftModel.from_pretrained(model, str(directory), config=config, is_trainable=is_trainable)
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise HalfbyteError(f"{directory}: the adapter does not fit the model: {reason}") from error
+        with _quiet_peft():
+            adapted = PeftModel.from_pretrained(model, str(directory), config=config, is_trainable=is_trainable)
+        saved = load_file(directory / "adapter_model.safetensors")
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, re.error, SafetensorError) as error:
+        raise HalfbyteError(f"{directory}: the adapter does not fit the model: {reason(error)}.") from error
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    for name in sorted(expected.keys() ^ {name for name in saved if "lora_" in name}):
+        raise HalfbyteError(f"{directory}: the adapter does not fit the model: {name} is in one of them only.")
+    for name, tensor in saved.items():
+        if not tensor.isfinite().all():
+            raise HalfbyteError(f"{directory}: the adapter's {name} holds a NaN or an infinity.")
+    return adapted
 
 
 def _register(config: LoraConfig) -> None:
     config._register_custom_module({Linear4bit: LoraLinear4bit})
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Without what peft 0.21 says about its own doings: a name of transformers' that it asks for, experts' patterns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys .*gate_up_proj", RuntimeWarning)
+        warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # told by load_adapter
+        yield

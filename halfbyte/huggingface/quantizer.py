@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -24,6 +25,8 @@ from halfbyte.nn import Linear4bit
 from halfbyte.quant import from_keys, quantize_4bit
 
 QUANT_METHOD = "halfbyte"
+# What is replaced. Other subclasses of nn.Linear compute something else; Falcon's differs in its rounding alone.
+_LINEAR = (nn.Linear, FalconLinear)
 _conversion_errors: ContextVar[list[HalfbyteError] | None] = ContextVar("conversion_errors", default=None)
 
 
@@ -67,7 +70,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         method = saved.get("quant_method")
         if method not in ("bitsandbytes", None) or not saved.get("load_in_4bit"):
             raise HalfbyteError(
-                f"config.json: the model is quantized by {method!r}, which is not read; use its 16-bit original."
+                f"config.json: the model is quantized by {method!r} in a way that is not read; use its 16-bit original."
             )
         return cls(
             quant_type=saved.get("bnb_4bit_quant_type", "fp4"),
@@ -122,14 +125,21 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         return leaf == "weight" and isinstance(model.get_submodule(module_name), Linear4bit)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        keep = self.get_modules_to_not_convert(model, self.config.skip_modules, model._keep_in_fp32_modules)
+        # A saved checkpoint's list is the whole list, as bitsandbytes has it; one that a caller gives comes on top of
+        # the output layer and the tied ones.
+        own = not self.pre_quantized
+        keep = self.get_modules_to_not_convert(
+            model, self.config.skip_modules, model._keep_in_fp32_modules, add_default_skips=own
+        )
+        if own and self.config.skip_modules is not None:
+            self.config.skip_modules = sorted(keep)
         for name, module in list(model.named_modules()):
             if not should_convert_module(name, keep):
                 continue
             if isinstance(module, Conv1D):
                 self.transposed.add(f"{name}.weight")
                 in_features, out_features = module.weight.shape
-            elif type(module) is nn.Linear:
+            elif type(module) in _LINEAR:
                 out_features, in_features = module.weight.shape
             else:
                 continue
@@ -173,16 +183,11 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         for name, value in input_dict.items():
             layer = model.get_submodule(name.rpartition(".")[0])
             weight = _only(value)
-            try:
-                layer.quantized = quantize_4bit(
-                    weight.T if name in self.hf_quantizer.transposed else weight,
-                    config.quant_type,
-                    config.block_size,
-                    config.double_quant,
-                )
-            except HalfbyteError as error:
-                _report(HalfbyteError(f"{name}: {error}"))
-                raise
+            if name in self.hf_quantizer.transposed:
+                weight = weight.T
+            with _reported(name):
+                _check_shape(weight.shape, layer)
+                layer.quantized = quantize_4bit(weight, config.quant_type, config.block_size, config.double_quant)
             converted[name] = layer.weight
         return converted
 
@@ -202,15 +207,21 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, Any]:
         assert model is not None
         assert full_layer_name is not None
-        if len(input_dict) == 1:  # a weight that was left in 16 bits
-            return input_dict
-        keys = {key.removeprefix("weight."): _only(value) for key, value in input_dict.items()}
         layer = model.get_submodule(full_layer_name.rpartition(".")[0])
-        try:
-            layer.quantized = from_keys(full_layer_name, keys.pop("weight"), keys)
-        except HalfbyteError as error:
-            _report(error)
-            raise
+        keys = {key.removeprefix("weight."): _only(value) for key, value in input_dict.items()}
+        with _reported(full_layer_name):
+            packed = keys.pop("weight", None)
+            if packed is None:
+                raise HalfbyteError("the codes are missing, though their constants are there.")
+            if not isinstance(layer, Linear4bit):
+                if keys:
+                    raise HalfbyteError("the weight is in 4 bits, and config.json says that it is not.")
+                return input_dict
+            if not keys:
+                raise HalfbyteError("the weight has no constants beside it, and config.json says that it is in 4 bits.")
+            quantized = from_keys(full_layer_name, packed, keys)
+            _check_shape(quantized.shape, layer)
+            layer.quantized = quantized
         return {"weight": layer.weight}
 
     @property
@@ -257,7 +268,20 @@ def first_conversion_error() -> Iterator[None]:
         raise errors[0]
 
 
-def _report(error: HalfbyteError) -> None:
-    errors = _conversion_errors.get()
-    if errors is not None:
-        errors.append(error)
+@contextmanager
+def _reported(name: str) -> Iterator[None]:
+    """Name the tensor in an error of ours, and keep the error for `first_conversion_error`."""
+    try:
+        yield
+    except HalfbyteError as error:
+        named = error if name in str(error) else HalfbyteError(f"{name}: {error}")
+        errors = _conversion_errors.get()
+        if errors is not None:
+            errors.append(named)
+        raise named from error
+
+
+def _check_shape(shape: torch.Size, layer: Linear4bit) -> None:
+    expected = (layer.out_features, layer.in_features)
+    if shape != expected:
+        raise HalfbyteError(f"the weight is {tuple(shape)} where config.json asks for {expected}.")

@@ -57,9 +57,8 @@ def _download(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub's client raises many kinds; all mean that there is no model
-        reason = str(error).strip().splitlines()[0]
         raise HalfbyteError(
-            f"There is no directory {repository}, and the hub did not give a model of that name ({reason})."
+            f"There is no directory {repository}, and the hub did not give a model of that name ({reason(error)})."
         ) from error
 
 
@@ -74,13 +73,19 @@ def read_config(source: Source) -> PreTrainedConfig:
         if source.gguf_file:
             config = AutoConfig.from_pretrained(source.directory, gguf_file=source.gguf_file.name)
         else:
-            config = AutoConfig.from_pretrained(source.directory)
+            # False, or transformers asks on the terminal whether to run the code that a model came with.
+            config = AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own here
-        reason = str(error).strip().split("\n")[0].split(". ")[0]
-        raise HalfbyteError(f"{where} does not describe a model that transformers knows: {reason}.") from error
+        raise HalfbyteError(f"{where} does not describe a model that transformers knows: {reason(error)}.") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise HalfbyteError(f"{where}: model_type {config.model_type!r} is not a causal language model.")
     return config
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of another library's error, on one line."""
+    words = " ".join(str(error).split())
+    return words.split(". ")[0].rstrip(".")[:300] or type(error).__name__
 
 
 def read_safetensors(directory: Path) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def _safetensors_files(directory: Path) -> list[Path]:
     single = directory / "model.safetensors"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise HalfbyteError(f"{index} is not a readable index of shards ({error}).") from error
         for name in names:
