@@ -12,7 +12,8 @@ from rich.table import Table
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
-    from halfbyte.recipes.doctor import DoctorReport, OpCheck
+    from halfbyte.recipes.doctor import DoctorReport
+    from halfbyte.recipes.self_test import OpCheck
 
 
 @click.command(context_settings={"max_content_width": 110})
@@ -41,7 +42,7 @@ def _show(report: "DoctorReport") -> None:
     sections = {
         "machine": _machine(report),
         f"implementations: chosen is {report.choice}": _implementations(report),
-        "self-test: milliseconds a call, millions of values a second": _checks(report),
+        "self-test: milliseconds a call, billions of values a second": _checks(report),
     }
     for title, table in sections.items():
         console.print(f"[bold]{escape(title)}[/]")
@@ -53,7 +54,10 @@ def _show(report: "DoctorReport") -> None:
     if failed:
         console.print("please report this, with what halfbyte doctor --json prints")
     else:
-        console.print(f"[green]all {len(report.checks)} checks passed[/]: equal to the reference, byte for byte")
+        console.print(
+            f"[green]all {len(report.checks)} checks passed[/]: codes and dequantized weights equal the reference's "
+            "byte for byte, the rest is no further from float32 than the reference is"
+        )
 
 
 def _table(*headings: str) -> Table:
@@ -74,6 +78,9 @@ def _machine(report: "DoctorReport") -> Table:
     table = _table()
     table.add_row("CPU", f"{escape(report.cpu)} ({report.architecture}, {report.logical_cores} cores)")
     table.add_row("threads", f"{report.torch_threads} in torch, {openmp}")
+    if report.load_average > report.logical_cores / 2:
+        busy = f"{report.load_average:.1f} over the last minute: others use the cores, and the times below suffer"
+        table.add_row("load", f"[yellow]{busy}[/]")
     table.add_row("memory", f"{report.memory_bytes / gib:.1f} GiB, {report.available_memory_bytes / gib:.1f} available")
     table.add_row("CUDA", escape(report.cuda))
     table.add_row("packages", ", ".join(f"{name} {version or '[red]missing[/]'}" for name, version in found))
@@ -102,4 +109,8 @@ def _checks(report: "DoctorReport") -> Table:
 
 def _cell(check: "OpCheck") -> str:
     result = "[green]OK[/]" if check.passed else "[bold red]FAILED[/]"
-    return f"{result} {1000 * check.seconds:.3g} ms\n{check.values_per_second / 1e6:,.0f} M/s"
+    return f"{result} {_figure(1000 * check.seconds)}\n{_figure(check.values_per_second / 1e9)} G/s"
+
+
+def _figure(number: float) -> str:
+    return f"{number:.3g}" if number >= 1 else f"{number:.2f}"

@@ -4,34 +4,18 @@ import importlib.metadata
 import os
 import platform
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
-from halfbyte.formats import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCK_SIZE
-from halfbyte.ops import (
-    active_implementation,
-    available_implementations,
-    dequantize_4bit,
-    dequantize_8bit,
-    forced_implementation,
-    quantize_4bit,
-    quantize_8bit,
-)
+from halfbyte.ops import active_implementation, available_implementations
+from halfbyte.recipes.self_test import OpCheck, self_test
 
-REFERENCE = "reference"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "gguf", "numpy", "nanobind")
 OPTIONAL_PACKAGES = {"bitsandbytes": "4-bit kernels on NVIDIA GPUs", "wandb": "a tracker", "mlflow": "a tracker"}
-
-# Not a multiple of any vector or block, so that every loop's tail is run; 8 MB of float32, more than most caches.
-VALUES = 2**21 + 37
-SECONDS_A_CHECK = 0.1  # of repetitions, after one that is not counted
 
 
 @dataclass(frozen=True)
@@ -45,22 +29,11 @@ class ImplementationState:
 
 
 @dataclass(frozen=True)
-class OpCheck:
-    """One op in one implementation, against its reference."""
-
-    op: str
-    implementation: str
-    passed: bool
-    detail: str
-    seconds: float  # of the fastest call
-    values_per_second: float
-
-
-@dataclass(frozen=True)
 class DoctorReport:
     cpu: str
     architecture: str
     logical_cores: int
+    load_average: float  # processes that ran or wanted to, over the last minute, before the self-test
     memory_bytes: int
     available_memory_bytes: int
     torch_threads: int
@@ -96,6 +69,7 @@ def examine() -> DoctorReport:
         cpu=_cpu_model(),
         architecture=platform.machine(),
         logical_cores=os.cpu_count() or 1,
+        load_average=psutil.getloadavg()[0],
         memory_bytes=memory.total,
         available_memory_bytes=memory.available,
         torch_threads=torch.get_num_threads(),
@@ -107,57 +81,6 @@ def examine() -> DoctorReport:
         cuda=_cuda(),
         checks=self_test([row.name for row in table if row.available and row.name != "bitsandbytes"]),
     )
-
-
-def self_test(implementations: list[str]) -> list[OpCheck]:
-    """Every op in every implementation named, on the CPU, on a tensor with a block of zeros, outliers and a tail."""
-    with forced_implementation(REFERENCE):
-        calls = _calls()
-        expected = {op: call() for op, call in calls.items()}
-    checks = []
-    for op, call in calls.items():
-        for name in implementations:
-            with forced_implementation(name):
-                passed, detail = _compare(call(), expected[op])
-                seconds = _fastest(call)
-            if name == REFERENCE:
-                detail = "the oracle itself"
-            checks.append(OpCheck(op, name, passed, detail, seconds, VALUES / seconds))
-    return checks
-
-
-def _calls() -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    values = torch.randn(VALUES, generator=torch.Generator().manual_seed(0))
-    values[64:128] = 0.0
-    values[::4099] *= 50.0
-    codebook = torch.tensor(CODEBOOKS["nf4"])
-    signed = torch.tensor(DYNAMIC_SIGNED)
-    packed, absmax = quantize_4bit(values, codebook, 64)
-    codes, nested_absmax = quantize_8bit(values, signed, NESTED_BLOCK_SIZE)
-    shape, dtype = [VALUES], torch.bfloat16
-    return {
-        "quantize_4bit": lambda: quantize_4bit(values, codebook, 64),
-        "dequantize_4bit": lambda: (dequantize_4bit(packed, absmax, codebook, 64, shape, dtype),),
-        "quantize_8bit": lambda: quantize_8bit(values, signed, NESTED_BLOCK_SIZE),
-        "dequantize_8bit": lambda: (dequantize_8bit(codes, nested_absmax, signed, NESTED_BLOCK_SIZE),),
-    }
-
-
-def _compare(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> tuple[bool, str]:
-    for ours, oracle in zip(got, expected, strict=True):
-        wrong = int((ours.view(torch.uint8) != oracle.view(torch.uint8)).sum())
-        if wrong:
-            return False, f"{wrong:,} of {oracle.nbytes:,} bytes differ from the reference"
-    return True, "equal to the reference, byte for byte"
-
-
-def _fastest(call: Callable[[], object]) -> float:
-    best = float("inf")
-    end = time.perf_counter() + SECONDS_A_CHECK
-    while (started := time.perf_counter()) < end or best == float("inf"):
-        call()
-        best = min(best, time.perf_counter() - started)
-    return best
 
 
 def _cpu_model() -> str:

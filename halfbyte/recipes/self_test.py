@@ -1,0 +1,220 @@
+"""Every op in every implementation that runs here, against its reference; with its speed.
+
+Codes and dequantized weights have to be equal byte for byte. Elsewhere arithmetic in another order is allowed: a result
+may be no further from the one that the reference computes in float32 than the reference in bfloat16 is.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte import ops
+from halfbyte.formats import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCK_SIZE
+
+REFERENCE = "reference"
+VALUES = 2**20  # about, in each op's largest argument: a few megabytes
+SECONDS_A_CHECK = 0.05  # of repetitions, after one that is not counted
+SLACK = 0.05  # of the reference's own error: two correct roundings of nearly equal numbers differ by some of it
+FLOOR = 1e-6  # relative: float32 arithmetic in another order
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class OpCheck:
+    """One op in one implementation."""
+
+    op: str
+    implementation: str
+    passed: bool
+    detail: str
+    seconds: float  # of the fastest call
+    values_per_second: float
+
+
+@dataclass(frozen=True)
+class _Case:
+    op: str
+    values: int
+    make: Callable[[torch.dtype], Call]  # new arguments, rounded to bfloat16 and held in the dtype
+    exact: bool = False
+
+
+def self_test(implementations: list[str]) -> list[OpCheck]:
+    """Check and time every op on the CPU in the implementations named; seconds."""
+    return [check for case in _cases(VALUES) for check in _check(case, implementations)]
+
+
+def _check(case: _Case, implementations: list[str]) -> list[OpCheck]:
+    with ops.forced_implementation(REFERENCE):
+        oracle = case.make(torch.float32)()
+        reference = case.make(torch.bfloat16)()
+    checks = []
+    for name in implementations:
+        with ops.forced_implementation(name):
+            call = case.make(torch.bfloat16)
+            got = call()
+            passed, detail = _equal(got, reference) if case.exact else _no_worse(got, reference, oracle)
+            seconds = _fastest(call)
+        checks.append(OpCheck(case.op, name, passed, detail, seconds, case.values / seconds))
+    return checks
+
+
+def _equal(got: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> tuple[bool, str]:
+    for ours, theirs in zip(got, reference, strict=True):
+        wrong = int((ours.view(torch.uint8) != theirs.view(torch.uint8)).sum())
+        if wrong:
+            return False, f"{wrong:,} of {theirs.nbytes:,} bytes differ from the reference"
+    return True, "equal to the reference, byte for byte"
+
+
+def _no_worse(got: tuple[Tensor, ...], reference: tuple[Tensor, ...], oracle: tuple[Tensor, ...]) -> tuple[bool, str]:
+    worst = 0.0
+    for ours, theirs, exact in zip(got, reference, oracle, strict=True):
+        error, allowed = _error(ours, exact), _error(theirs, exact) * (1 + SLACK) + FLOOR
+        if not error <= allowed:  # NaN is not either
+            return False, f"{error:.2e} from the float32 result, where the reference is {allowed:.2e}"
+        worst = max(worst, error)
+    return True, f"{worst:.2e} from the float32 result, no more than the reference"
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    """Root mean square distance, relative to the result."""
+    distance = (got.double() - exact.double()).square().mean().sqrt()
+    return float(distance / exact.double().square().mean().sqrt().clamp(min=1e-30))
+
+
+def _fastest(call: Call) -> float:
+    best = float("inf")
+    end = time.perf_counter() + SECONDS_A_CHECK
+    while (started := time.perf_counter()) < end or best == float("inf"):
+        call()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+# ── The arguments: odd sizes, so that every loop's tail is run; a block of zeros, and outliers ───────────────────────
+
+
+def _cases(values: int) -> list[_Case]:
+    return [*_quantization(values), *_norms(values), *_gates(values), _rotary(values), _loss(values), _adamw(values)]
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+
+
+def _quantization(values: int) -> list[_Case]:
+    n = values + 37
+    x = _random(n)
+    x[64:128] = 0.0
+    x[::4099] *= 50.0
+    nf4, signed = torch.tensor(CODEBOOKS["nf4"]), torch.tensor(DYNAMIC_SIGNED)
+    with ops.forced_implementation(REFERENCE):
+        packed, absmax = ops.quantize_4bit(x, nf4, 64)
+        codes, nested_absmax = ops.quantize_8bit(x, signed, NESTED_BLOCK_SIZE)
+    dequantize_8bit = (codes, nested_absmax, signed, NESTED_BLOCK_SIZE)
+    return [
+        _Case("quantize_4bit", n, lambda dtype: lambda: ops.quantize_4bit(x.to(dtype), nf4, 64), exact=True),
+        _Case(
+            "dequantize_4bit",
+            n,
+            lambda dtype: lambda: (ops.dequantize_4bit(packed, absmax, nf4, 64, [n], dtype),),
+            exact=True,
+        ),
+        _Case("quantize_8bit", n, lambda _: lambda: ops.quantize_8bit(x, signed, NESTED_BLOCK_SIZE), exact=True),
+        _Case("dequantize_8bit", n, lambda _: lambda: (ops.dequantize_8bit(*dequantize_8bit),), exact=True),
+    ]
+
+
+def _norms(values: int) -> list[_Case]:
+    width = 577
+    x, grad = _random(values // width + 1, width), _random(values // width + 1, width, seed=1)
+    weight, bias, eps = _random(width, seed=2), _random(width, seed=3), 1e-5
+    with ops.forced_implementation(REFERENCE):
+        rms_rstd = ops.rms_norm(x, weight, eps)[1]
+        mean, rstd = ops.layer_norm(x, weight, bias, eps)[1:]
+
+    def forward(dtype: torch.dtype) -> Call:
+        arguments = x.to(dtype), weight.to(dtype)
+        return lambda: ops.rms_norm(*arguments, eps)
+
+    def backward(dtype: torch.dtype) -> Call:
+        arguments = grad.to(dtype), x.to(dtype), weight.to(dtype)
+        return lambda: (ops.rms_norm_backward(*arguments, rms_rstd),)
+
+    def layer_forward(dtype: torch.dtype) -> Call:
+        arguments = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        return lambda: ops.layer_norm(*arguments, eps)
+
+    def layer_backward(dtype: torch.dtype) -> Call:
+        arguments = grad.to(dtype), x.to(dtype), weight.to(dtype)
+        return lambda: (ops.layer_norm_backward(*arguments, mean, rstd),)
+
+    return [
+        _Case("rms_norm", x.numel(), forward),
+        _Case("rms_norm_backward", x.numel(), backward),
+        _Case("layer_norm", x.numel(), layer_forward),
+        _Case("layer_norm_backward", x.numel(), layer_backward),
+    ]
+
+
+def _gates(values: int) -> list[_Case]:
+    width = 577
+    grad, gate, up = (_random(values // width + 1, width, seed=seed) for seed in range(3))
+
+    def forward(dtype: torch.dtype) -> Call:
+        arguments = gate.to(dtype), up.to(dtype)
+        return lambda: (ops.gated(*arguments, "silu"),)
+
+    def backward(dtype: torch.dtype) -> Call:
+        arguments = grad.to(dtype), gate.to(dtype), up.to(dtype)
+        return lambda: (ops.gated_backward(*arguments, "silu"),)
+
+    return [_Case("gated", gate.numel(), forward), _Case("gated_backward", gate.numel(), backward)]
+
+
+def _rotary(values: int) -> _Case:
+    heads, head_dim = 9, 64
+    length = values // (heads * head_dim) + 1
+    x = _random(1, heads, length, head_dim)
+    angle = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    cos, sin = (wave(torch.cat((angle, angle), dim=1))[None].bfloat16().float() for wave in (torch.cos, torch.sin))
+
+    def make(dtype: torch.dtype) -> Call:
+        arguments = x.to(dtype), cos.to(dtype), sin.to(dtype)
+        return lambda: (ops.rotary(*arguments),)
+
+    return _Case("rotary", x.numel(), make)
+
+
+def _loss(values: int) -> _Case:
+    """Throughput in multiplications with the output layer's weights, the most of its work."""
+    rows, width = 127, 192
+    vocabulary = values // width + 1
+    hidden, weight = _random(rows, width), _random(vocabulary, width, seed=1) * 0.125
+    targets = torch.arange(rows) * 31 % vocabulary
+
+    def make(dtype: torch.dtype) -> Call:
+        arguments = hidden.to(dtype), weight.to(dtype)
+        return lambda: ops.linear_cross_entropy(*arguments, None, targets)[:2]
+
+    return _Case("linear_cross_entropy", rows * weight.numel(), make)
+
+
+def _adamw(values: int) -> _Case:
+    n = values + 37
+
+    def make(_: torch.dtype) -> Call:
+        parameter, grad, m, v = _random(n), _random(n, seed=1), _random(n, seed=2) * 0.1, _random(n, seed=3).square()
+
+        def call() -> tuple[Tensor, ...]:
+            ops.adamw_step([parameter], [grad], [m], [v], 1e-3, 0.9, 0.999, 1e-8, 0.01, 10)
+            return parameter, m, v
+
+        return call
+
+    return _Case("adamw_step", n, make)
