@@ -166,6 +166,27 @@ void adamw_step(int64_t tensors, uintptr_t table, float keep, float one_minus_be
                             threads);
 }
 
+void matmul_4bit(uintptr_t x, int64_t x_stride, int dtype, int64_t rows, uintptr_t packed, uintptr_t absmax,
+                 uintptr_t absmax_codes, uintptr_t nested_absmax, uintptr_t nested_codebook,
+                 float nested_offset, uintptr_t codebook, int64_t block_size, int64_t out_features,
+                 int64_t in_features, bool transposed, uintptr_t left, int64_t left_stride, uintptr_t right,
+                 int64_t rank, uintptr_t y, int threads) {
+    const Weight4bit weight = {at<const uint8_t>(packed),
+                               at<const float>(absmax),
+                               at<const uint8_t>(absmax_codes),
+                               at<const float>(nested_absmax),
+                               at<const float>(nested_codebook),
+                               nested_offset,
+                               at<const float>(codebook),
+                               block_size,
+                               out_features,
+                               in_features};
+    begin_call().matmul_4bit(
+        {at<const void>(x), x_stride, static_cast<DType>(dtype), rows, weight, transposed,
+         at<const void>(left), left_stride, at<const void>(right), rank, at<void>(y)},
+        threads);
+}
+
 }  // namespace
 }  // namespace halfbyte
 
@@ -191,4 +212,5 @@ NB_MODULE(_C, m) {
     m.def("gated_forward", &halfbyte::gated_forward, unlocked());
     m.def("gated_backward", &halfbyte::gated_backward, unlocked());
     m.def("adamw_step", &halfbyte::adamw_step, unlocked());
+    m.def("matmul_4bit", &halfbyte::matmul_4bit, unlocked());
 }

@@ -72,6 +72,7 @@ struct Dequantize8bit {
 }  // namespace halfbyte
 
 #include "block.hpp"
+#include "matmul_4bit.hpp"
 
 namespace halfbyte {
 
@@ -90,6 +91,7 @@ struct Kernels {
     void (*gated_forward)(const GatedForward&, int threads);
     void (*gated_backward)(const GatedBackward&, int threads);
     void (*adamw_step)(const AdamWStep&, int threads);
+    void (*matmul_4bit)(const Matmul4bit&, int threads);
 };
 
 }  // namespace halfbyte

@@ -6,6 +6,9 @@
 
 #include "threads.hpp"
 
+#include <cstdlib>
+#include <new>
+
 #ifdef HALFBYTE_WITH_GOMP
 extern "C" {
 void GOMP_parallel(void (*body)(void*), void* context, unsigned threads, unsigned flags);
@@ -53,6 +56,31 @@ void parallel_for(int64_t tasks, int64_t grain, int threads, void (*body)(void*,
     (void)team;
 #endif
     body(context, 0, tasks);
+}
+
+namespace {
+
+struct Buffer {
+    void* address = nullptr;
+    size_t bytes = 0;
+    ~Buffer() { std::free(address); }
+};
+thread_local Buffer buffer;
+
+}  // namespace
+
+void* thread_buffer(size_t bytes) {
+    if (buffer.bytes < bytes) {
+        std::free(buffer.address);
+        buffer.address = nullptr;
+        buffer.bytes = 0;
+        const size_t lines = (bytes + 63) / 64;
+        void* address = std::aligned_alloc(64, lines * 64);
+        if (address == nullptr) throw std::bad_alloc();
+        buffer.address = address;
+        buffer.bytes = lines * 64;
+    }
+    return buffer.address;
 }
 
 }  // namespace halfbyte

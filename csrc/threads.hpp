@@ -1,6 +1,7 @@
 // The only door to threads. Kernels say what to do with a range of tasks; this says who does it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace halfbyte {
@@ -9,5 +10,9 @@ namespace halfbyte {
 // on no more than there are whole grains. The split depends on these three numbers alone.
 void parallel_for(int64_t tasks, int64_t grain, int threads,
                   void (*body)(void* context, int64_t begin, int64_t end), void* context);
+
+// This thread's scratch memory, at least `bytes` of it, aligned to a cache line; valid until the thread asks
+// again. Kept between calls: fresh pages cost more than a small product.
+void* thread_buffer(size_t bytes);
 
 }  // namespace halfbyte

@@ -20,6 +20,7 @@ const Kernels kernels = {
     gated_forward,
     gated_backward,
     adamw_step,
+    matmul_4bit,
 };
 
 }  // namespace halfbyte::HALFBYTE_ISA

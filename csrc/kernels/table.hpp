@@ -16,6 +16,7 @@ void rotary(const Rotary&, int threads);
 void gated_forward(const GatedForward&, int threads);
 void gated_backward(const GatedBackward&, int threads);
 void adamw_step(const AdamWStep&, int threads);
+void matmul_4bit(const Matmul4bit&, int threads);
 
 extern const Kernels kernels;
 

@@ -206,5 +206,28 @@ HALFBYTE_INLINE F32 lookup256(const float* table, const uint8_t* codes) {
     return _mm256_i32gather_ps(table, index, 4);
 }
 
+constexpr int registers = 16;
+
+HALFBYTE_INLINE F32 zero() { return _mm256_setzero_ps(); }
+HALFBYTE_INLINE F32 broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+
+HALFBYTE_INLINE void transpose(F32* r) {
+    F32 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    for (int c = 0; c < 4; ++c) {
+        r[c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+        r[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+    }
+}
+
 }  // namespace
 }  // namespace halfbyte::HALFBYTE_ISA

@@ -150,5 +150,46 @@ HALFBYTE_INLINE F32 lookup256(const float* table, const uint8_t* codes) {
     return _mm512_i32gather_ps(index, table, 4);
 }
 
+constexpr int registers = 32;
+
+HALFBYTE_INLINE F32 zero() { return _mm512_setzero_ps(); }
+HALFBYTE_INLINE F32 broadcast(const float* p) {
+    F32 v = _mm512_set1_ps(*p);
+    // Kept whole: the compiler would fold the load into each use, and loads are what a tile runs out of.
+    asm("" : "+v"(v));
+    return v;
+}
+
+HALFBYTE_INLINE void transpose(F32* r) {
+    F32 a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    const auto low = [](F32 x, F32 y) {
+        return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+    };
+    const auto high = [](F32 x, F32 y) {
+        return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+    };
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = low(a[i], a[i + 2]);
+        b[i + 1] = high(a[i], a[i + 2]);
+        b[i + 2] = low(a[i + 1], a[i + 3]);
+        b[i + 3] = high(a[i + 1], a[i + 3]);
+    }
+    // Quarter q of b[4g + c] now holds column 4q + c of rows 4g to 4g + 3.
+    for (int c = 0; c < 4; ++c) {
+        const F32 even = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88),
+                  odd = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+        const F32 even2 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+        const F32 odd2 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+        r[c] = _mm512_shuffle_f32x4(even, even2, 0x88);
+        r[4 + c] = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+        r[8 + c] = _mm512_shuffle_f32x4(even, even2, 0xdd);
+        r[12 + c] = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+    }
+}
+
 }  // namespace
 }  // namespace halfbyte::HALFBYTE_ISA

@@ -19,6 +19,9 @@
 //   nearest256(float* thresholds, F32) -> I32
 //   store_codes(uint8_t*, I32)          the low byte of each lane
 //   lookup256(float* table, uint8_t* codes) -> F32
+//   registers                   how many the machine has: 16 or 32
+//   zero(), broadcast(float*)
+//   transpose(F32*)             a square of `lanes` registers, in place
 //
 // Kernels are written on these names alone. Everything is static to its translation unit: see kernels.hpp.
 #pragma once
@@ -34,7 +37,7 @@
 #define HALFBYTE_HEADER_portable "portable.hpp"
 #define HALFBYTE_HEADER_avx2 "avx2.hpp"
 #define HALFBYTE_HEADER_avx512 "avx512.hpp"
-#define HALFBYTE_HEADER_avx512bf16 "avx512.hpp"
+#define HALFBYTE_HEADER_avx512bf16 "avx512bf16.hpp"
 #define HALFBYTE_HEADER_neon "neon.hpp"
 #define HALFBYTE_PASTE_(a, b) a##b
 #define HALFBYTE_PASTE(a, b) HALFBYTE_PASTE_(a, b)

@@ -162,5 +162,19 @@ HALFBYTE_INLINE F32 lookup256(const float* table, const uint8_t* codes) {
     return pick(table, codes[0], codes[1], codes[2], codes[3]);
 }
 
+constexpr int registers = 32;
+
+HALFBYTE_INLINE F32 zero() { return vdupq_n_f32(0.0f); }
+HALFBYTE_INLINE F32 broadcast(const float* p) { return vld1q_dup_f32(p); }
+
+HALFBYTE_INLINE void transpose(F32* r) {
+    const float32x4x2_t a = vzipq_f32(r[0], r[2]), b = vzipq_f32(r[1], r[3]);
+    const float32x4x2_t low = vzipq_f32(a.val[0], b.val[0]), high = vzipq_f32(a.val[1], b.val[1]);
+    r[0] = low.val[0];
+    r[1] = low.val[1];
+    r[2] = high.val[0];
+    r[3] = high.val[1];
+}
+
 }  // namespace
 }  // namespace halfbyte::HALFBYTE_ISA

@@ -154,5 +154,15 @@ HALFBYTE_INLINE F32 lookup256(const float* table, const uint8_t* codes) {
     return F32{table[codes[0]], table[codes[1]], table[codes[2]], table[codes[3]]};
 }
 
+constexpr int registers = 16;
+
+HALFBYTE_INLINE F32 zero() { return F32{}; }
+HALFBYTE_INLINE F32 broadcast(const float* p) { return broadcast(*p); }
+
+HALFBYTE_INLINE void transpose(F32* r) {
+    const F32 a = r[0], b = r[1], c = r[2], d = r[3];
+    for (int i = 0; i < 4; ++i) r[i] = F32{a[i], b[i], c[i], d[i]};
+}
+
 }  // namespace
 }  // namespace halfbyte::HALFBYTE_ISA

@@ -9,25 +9,29 @@ only the codes, which the module holds anyway. QLoRA (arXiv 2305.14314), equatio
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte.quant import DoubleQuantized, QuantizedTensor, from_keys, quantize_4bit, to_keys
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x · Wᵀ, with the gradient to x alone.  Nothing is saved but a reference to the codes."""
+    """x · Wᵀ, or x · W when transposed.  Nothing is saved but a reference to the codes.
+
+    The gradient is to x alone, and is the other of the two products, so that it can be differentiated in turn.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantized: QuantizedTensor) -> Tensor:
-        ctx.quantized = quantized
-        return F.linear(x, quantized.dequantize(x.dtype))
+    def forward(ctx: Any, x: Tensor, quantized: QuantizedTensor, transpose: bool) -> Tensor:
+        ctx.quantized, ctx.transpose = quantized, transpose
+        return quantized.matmul(x, transpose)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         (dy,) = grads
-        dx = dy @ ctx.quantized.dequantize(dy.dtype) if ctx.needs_input_grad[0] else None
-        return dx, None
+        dx: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            dx = _FrozenProduct.apply(dy, ctx.quantized, not ctx.transpose)  # type: ignore[no-untyped-call]
+        return dx, None, None
 
 
 class Linear4bit(nn.Linear):
@@ -125,7 +129,7 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`, computed in `compute_dtype`, returned in the dtype of `x`."""
-        y: Tensor = _FrozenProduct.apply(x.to(self.compute_dtype), self.quantized)  # type: ignore[no-untyped-call]
+        y: Tensor = _FrozenProduct.apply(x.to(self.compute_dtype), self.quantized, False)  # type: ignore[no-untyped-call]
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype)

@@ -14,6 +14,7 @@ from halfbyte.ops.dequantize_8bit import dequantize_8bit
 from halfbyte.ops.gated import ACTIVATIONS, gated, gated_backward
 from halfbyte.ops.layer_norm import layer_norm, layer_norm_backward
 from halfbyte.ops.linear_cross_entropy import linear_cross_entropy
+from halfbyte.ops.matmul_4bit import Nested, matmul_4bit
 from halfbyte.ops.quantize_4bit import quantize_4bit
 from halfbyte.ops.quantize_8bit import quantize_8bit
 from halfbyte.ops.rms_norm import rms_norm, rms_norm_backward
@@ -23,6 +24,7 @@ __all__ = [
     "ACTIVATIONS",
     "ENVIRONMENT_VARIABLE",
     "Implementation",
+    "Nested",
     "active_implementation",
     "adamw_step",
     "available_implementations",
@@ -35,6 +37,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "linear_cross_entropy",
+    "matmul_4bit",
     "quantize_4bit",
     "quantize_8bit",
     "rms_norm",

@@ -43,6 +43,7 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("layer_norm", "cpu"): (*NATIVE, "reference"),
     ("layer_norm_backward", "cpu"): (*NATIVE, "reference"),
     ("linear_cross_entropy", "cpu"): (*NATIVE, "reference"),
+    ("matmul_4bit", "cpu"): (*NATIVE, "reference"),
     ("rms_norm", "cpu"): (*NATIVE, "reference"),
     ("rms_norm_backward", "cpu"): (*NATIVE, "reference"),
     ("rotary", "cpu"): (*NATIVE, "reference"),

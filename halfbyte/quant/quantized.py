@@ -76,6 +76,25 @@ class QuantizedTensor:
         """`(blocks,)` float32, dequantized when it is stored in 8 bits."""
         return self.absmax.dequantize() if isinstance(self.absmax, DoubleQuantized) else self.absmax
 
+    def matmul(self, x: Tensor, transpose: bool = False, low_rank: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """`x · Wᵀ + t · Bᵀ`, or `x · W + t · A` when transposed: see `ops.matmul_4bit`.  The tensor is a matrix."""
+        absmax, nested = self.absmax, None
+        if isinstance(absmax, DoubleQuantized):
+            nested = ops.Nested(absmax.absmax, codebook_8bit(self.packed.device), absmax.offset)
+            absmax = absmax.codes
+        rows, columns = self.shape
+        return ops.matmul_4bit(
+            x,
+            self.packed,
+            absmax,
+            self.codebook,
+            self.block_size,
+            (rows, columns),
+            transpose=transpose,
+            nested=nested,
+            low_rank=low_rank,
+        )
+
     @property
     def codebook(self) -> Tensor:
         """`(16,)` float32 on the device of the codes."""

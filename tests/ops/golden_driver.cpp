@@ -5,6 +5,8 @@
 // A case: int64 op, dtype, n, block_size, count of codebook entries; the codebook; then, for
 //   op 0, 1 (quantize 4-, 8-bit)      values, expected codes, expected absmax
 //   op 2, 3 (dequantize 4-, 8-bit)    codes, absmax, expected values
+//   op 4 (matmul 4-bit)               int64 rows, out, in, transposed, rank; x, codes, absmax, left, right,
+//                                     expected values: of numbers small enough that every sum is exact
 
 #include <cstdio>
 #include <cstdlib>
@@ -25,11 +27,35 @@ static Bytes read(std::FILE* file, int64_t size) {
 
 static const float* floats(const Bytes& bytes) { return reinterpret_cast<const float*>(bytes.data()); }
 
+static bool run_matmul(std::FILE* file, const int64_t* head, const Bytes& codebook) {
+    const int64_t n = head[2], block_size = head[3];
+    const DType dtype = static_cast<DType>(head[1]);
+    const int64_t size = dtype == DType::f32 ? 4 : 2;
+    int64_t shape[5];
+    if (std::fread(shape, sizeof shape, 1, file) != 1) std::abort();
+    const int64_t rows = shape[0], out = shape[1], in = shape[2], rank = shape[4];
+    const bool transposed = shape[3] != 0;
+    const int64_t depth = transposed ? out : in, columns = transposed ? in : out;
+    const int64_t stride = depth + depth % 2, left_stride = rank + rank % 2;
+    const Bytes x = read(file, rows * stride * size), codes = read(file, (n + 1) / 2);
+    const Bytes absmax = read(file, 4 * ((n + block_size - 1) / block_size));
+    const Bytes left = read(file, rows * left_stride * size), right = read(file, rank * columns * size);
+    const Bytes expected = read(file, rows * columns * size);
+    Bytes y(expected.size(), 0xff);
+    Weight4bit weight = {codes.data(), floats(absmax),   nullptr,    nullptr, nullptr,
+                         0.0f,         floats(codebook), block_size, out,     in};
+    HALFBYTE_ISA::kernels.matmul_4bit({x.data(), stride, dtype, rows, weight, transposed, left.data(),
+                                       left_stride, right.data(), rank, y.data()},
+                                      1);
+    return y == expected;
+}
+
 static bool run_case(std::FILE* file, const int64_t* head) {
     const Kernels& kernels = HALFBYTE_ISA::kernels;
     const int64_t op = head[0], n = head[2], block_size = head[3];
     const DType dtype = static_cast<DType>(head[1]);
     const Bytes codebook = read(file, 4 * head[4]);
+    if (op == 4) return run_matmul(file, head, codebook);
     const int64_t value_bytes = n * (dtype == DType::f32 ? 4 : 2);
     const int64_t code_bytes = op % 2 == 0 ? (n + 1) / 2 : n;
     const int64_t absmax_bytes = 4 * ((n + block_size - 1) / block_size);

@@ -92,6 +92,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "dequantize_4bit": (PACKED, ABSMAX, CODEBOOKS_16["nf4"], 64, [8, 16], torch.bfloat16),
     "quantize_8bit": (torch.randn(10, 13), CODEBOOKS_256["signed"], 256),
     "dequantize_8bit": (PACKED.view(8, 8), ABSMAX[:1], CODEBOOKS_256["signed"], 256),
+    "matmul_4bit": (torch.randn(3, 16).bfloat16(), PACKED, ABSMAX, CODEBOOKS_16["nf4"], 64, [8, 16]),
 }
 
 
@@ -114,6 +115,14 @@ def test_thread_count_does_not_show(op: str, implementation: str) -> None:
         "dequantize_4bit": (PACKED.repeat(4000), ABSMAX.repeat(4000), CODEBOOKS_16["nf4"], 64, [512_000], torch.half),
         "quantize_8bit": (torch.randn(300_001), CODEBOOKS_256["signed"], 256),
         "dequantize_8bit": (PACKED.repeat(4000), ABSMAX.repeat(500), CODEBOOKS_256["signed"], 256),
+        "matmul_4bit": (
+            torch.randn(70, 640),
+            PACKED.repeat(8000),
+            ABSMAX.repeat(8000),
+            CODEBOOKS_16["nf4"],
+            64,
+            [1600, 640],
+        ),
     }
     before = torch.get_num_threads()
     try:

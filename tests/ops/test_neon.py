@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import CODEBOOKS_16, CODEBOOKS_256, DTYPES, by_reference, hostile_values
 
 from halfbyte import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+# (rows, out, in, block_size, rank) of products.
+MATMULS = ((1, 40, 64, 64, 8), (7, 33, 96, 32, 0), (9, 50, 131, 32, 5), (30, 64, 128, 64, 16), (13, 1, 600, 4096, 3))
 SIZES = (0, 1, 2, 31, 32, 33, 63, 64, 65, 1000, 4097)
 
 pytestmark = pytest.mark.skipif(
@@ -48,11 +51,34 @@ def cases() -> Iterator[bytes]:
                 yield case(3, f32, n, block_size, codebook, codes, absmax, restored)
 
 
+def integers(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randint(-4, 5, (rows, columns)).to(dtype)
+
+
+def matmul_cases() -> Iterator[bytes]:
+    """Small multiples of powers of two: every product and sum is exact, so the order of summation cannot show."""
+    codebook = torch.arange(-8, 8) / 8
+    for rows, out, into, block_size, rank in MATMULS:
+        packed = torch.randint(256, ((out * into + 1) // 2,), dtype=torch.uint8)
+        absmax = 2.0 ** torch.randint(-1, 2, (-(-out * into // block_size),))
+        for dtype in DTYPES:
+            weight = by_reference(ops.dequantize_4bit, packed, absmax, codebook, block_size, [out, into], dtype)
+            for transpose in (False, True):
+                factor = weight if transpose else weight.t()
+                x = integers(rows, len(factor), dtype)
+                left, right = integers(rows, rank, dtype), integers(rank, factor.shape[1], dtype)
+                y = (x.double() @ factor.double() + left.double() @ right.double()).to(dtype)
+                shape = torch.tensor([rows, out, into, transpose, rank]).view(torch.uint8)
+                padded = [F.pad(t, (0, t.shape[1] % 2)) for t in (x, left)]
+                arrays = shape, padded[0], packed, absmax, padded[1], right if transpose else right.t(), y
+                yield case(4, dtype, out * into, block_size, codebook, *arrays)
+
+
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("golden") / "cases"
-    path.write_bytes(b"".join(cases()))
+    path.write_bytes(b"".join([*cases(), *matmul_cases()]))
     return path
 
 
@@ -70,4 +96,5 @@ def test_equals_reference_under_emulation(instruction_set: str, golden: Path, tm
     ran = subprocess.run([EMULATOR, str(driver), str(golden)], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     count = len(SIZES) * 3 * (len(CODEBOOKS_16) * len(DTYPES) * 2 + len(CODEBOOKS_256) * 2)
+    count += len(MATMULS) * len(DTYPES) * 2
     assert ran.stdout == f"{instruction_set}: {count} cases, 0 wrong\n"

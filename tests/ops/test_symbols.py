@@ -20,7 +20,18 @@ def test_kernels_define_only_what_is_their_own(kernel: str, tmp_path: Path) -> N
     name = "avx512" if X86 else "portable"
     compiled = str(tmp_path / "kernel.o")
     source = str(CSRC / "kernels" / kernel)
-    compile_it = [COMPILER or "", "-std=c++17", "-O0", *flags, f"-DHALFBYTE_ISA={name}", "-c", source, "-o", compiled]
+    compile_it = [
+        COMPILER or "",
+        "-std=c++17",
+        "-O0",
+        "-fno-exceptions",
+        *flags,
+        f"-DHALFBYTE_ISA={name}",
+        "-c",
+        source,
+        "-o",
+        compiled,
+    ]
     subprocess.run(compile_it, check=True)
     list_it = [LISTER or "", "--defined-only", "-P", compiled]
     listing = subprocess.run(list_it, capture_output=True, text=True, check=True).stdout

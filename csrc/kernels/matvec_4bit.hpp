@@ -1,0 +1,94 @@
+// A few rows times a 4-bit weight, as in decoding: the weight is read once from memory, and reading it is
+// what takes the time. Each weight is expanded in registers and multiplied with every row of x at once.
+#pragma once
+
+#include "../simd/isa.hpp"
+#include "../threads.hpp"
+#include "panels.hpp"
+#include "tiles.hpp"
+
+namespace halfbyte::HALFBYTE_ISA {
+namespace {
+
+constexpr int64_t matvec_rows = 8;
+
+HALFBYTE_INLINE bool is_matvec(const Matmul4bit& call) {
+    return call.rows <= matvec_rows && !call.transposed && call.weight.in_features % chunk == 0;
+}
+
+template <class T>
+HALFBYTE_INLINE T rounded(float value) {
+    T values[lanes];
+    store(values, broadcast(value));
+    return values[0];
+}
+
+// left · row, `rank` long: too short for more than one lane of the sum at a time to matter.
+template <class T>
+HALFBYTE_INLINE float low_rank_sum(const T* left, const T* row, int64_t rank) {
+    F32 sum = zero();
+    int64_t i = 0;
+    for (; i + lanes <= rank; i += lanes) sum = multiply_add(load(left + i), load(row + i), sum);
+    if (i < rank) {
+        T a[lanes] = {}, b[lanes] = {};
+        memcpy(a, left + i, static_cast<size_t>(rank - i) * sizeof(T));
+        memcpy(b, row + i, static_cast<size_t>(rank - i) * sizeof(T));
+        sum = multiply_add(load(a), load(b), sum);
+    }
+    return reduce_add(sum);
+}
+
+template <class P, class T, int rows>
+void matvec_range(void* context, int64_t begin, int64_t end) {
+    const Matmul4bit& call = *static_cast<const Matmul4bit*>(context);
+    const T* const x = static_cast<const T*>(call.x);
+    const T* const right = static_cast<const T*>(call.right);
+    const T* const left = static_cast<const T*>(call.left);
+    T* const y = static_cast<T*>(call.y);
+    const int64_t stride = call.x_stride, in = call.weight.in_features, out = call.weight.out_features;
+    const int64_t rank = call.rank, block_size = call.weight.block_size;
+    const uint8_t* const packed = call.weight.packed;
+    QuantizedRows<T> weight(call.weight);
+    for (int64_t column = begin; column < end; ++column) {
+        F32 sums[rows];
+        for (int m = 0; m < rows; ++m) sums[m] = zero();
+        const int64_t first = column * in;
+        for (int64_t k = 0; k < in;) {
+            const int64_t block = (first + k) >> weight.block_shift_;
+            weight.table_.scale(weight.scale_of(block));
+            for (const int64_t stop = least(in, (block + 1) * block_size - first); k < stop; k += chunk) {
+                alignas(64) T values[chunk];
+                weight.table_.expand32(packed + (first + k) / 2, values);
+                for (int64_t v = 0; v < chunk; v += lanes * P::depth) {
+                    const typename P::Vector w = P::load(values + v);
+                    for (int m = 0; m < rows; ++m)
+                        sums[m] = P::multiply_add(w, P::load(x + m * stride + k + v), sums[m]);
+                }
+            }
+        }
+        for (int m = 0; m < rows; ++m) {
+            float sum = reduce_add(sums[m]);
+            if (rank > 0) sum += low_rank_sum(left + m * call.left_stride, right + column * rank, rank);
+            y[m * out + column] = rounded<T>(sum);
+        }
+    }
+}
+
+template <class P, class T>
+HALFBYTE_INLINE void matvec_of_type(const Matmul4bit& call, int threads) {
+    constexpr void (*bodies[matvec_rows])(void*, int64_t, int64_t) = {
+        matvec_range<P, T, 1>, matvec_range<P, T, 2>, matvec_range<P, T, 3>, matvec_range<P, T, 4>,
+        matvec_range<P, T, 5>, matvec_range<P, T, 6>, matvec_range<P, T, 7>, matvec_range<P, T, 8>};
+    const int64_t columns_per_grain = 1 + values_per_grain / call.weight.in_features;
+    parallel_for(call.weight.out_features, columns_per_grain, threads, bodies[call.rows - 1],
+                 const_cast<Matmul4bit*>(&call));
+}
+
+HALFBYTE_INLINE void matvec_4bit(const Matmul4bit& call, int threads) {
+    if (call.dtype == DType::f32) matvec_of_type<Singles, float>(call, threads);
+    if (call.dtype == DType::bf16) matvec_of_type<Bf16Operand, bf16>(call, threads);
+    if (call.dtype == DType::f16) matvec_of_type<Singles, f16>(call, threads);
+}
+
+}  // namespace
+}  // namespace halfbyte::HALFBYTE_ISA

@@ -1,0 +1,129 @@
+// The innermost product: a tile of sums that lives in registers while the sum's index runs.
+//
+// A tile is `tile_rows` rows of the left operand, read where they are, times `tile_vectors` registers of
+// columns of a panel, which is laid out in the order of reading:
+//
+//   panel      [tile of columns][step][register][lane][depth]
+//   step       `depth` neighbouring indices of the sum, all in one lane
+//
+// Six rows by four registers leave room for the four of the panel and a broadcast among thirty-two registers,
+// and make 24 products of 10 loads. How values meet in a lane is an operand type: Singles here, Pairs in
+// simd/avx512bf16.hpp. Both have
+//
+//   Value, Vector, depth        what panels hold, a register of it, values of the sum in a lane
+//   depth_block                 how much of the sum a panel spans: it should fit the second-level cache
+//   load, broadcast, multiply_add
+//   column(register, lane)      which column of a tile that lane is
+//   interleave(rows, out)       one step of a panel whose columns run along `depth` rows
+//   store_row(sums, y)          sums of one row of a tile, rounded, in the order of columns
+#pragma once
+
+#include "../simd/isa.hpp"
+
+namespace halfbyte::HALFBYTE_ISA {
+namespace {
+
+// Before a loop of constant length over an array of registers. Unrolled at once, the array is registers;
+// unrolled by the optimizer in its own time, it stays in memory and is written back at every step.
+#define HALFBYTE_UNROLL _Pragma("GCC unroll 16")
+
+constexpr int tile_rows = 6;
+constexpr int tile_vectors = registers == 32 ? 4 : 2;
+constexpr int tile_columns = tile_vectors * lanes;
+constexpr int tile_sums = tile_rows * tile_columns;
+
+// float32 values, one in a lane. Rows of other types are widened as they are read.
+struct Singles {
+    using Value = float;
+    using Vector = F32;
+    static constexpr int depth = 1;
+    static constexpr int64_t depth_block = 512;
+
+    template <class T>
+    HALFBYTE_INLINE static F32 load(const T* p) {
+        return HALFBYTE_ISA::load(p);
+    }
+    HALFBYTE_INLINE static F32 broadcast(const float* p) { return HALFBYTE_ISA::broadcast(p); }
+    HALFBYTE_INLINE static F32 multiply_add(F32 a, F32 b, F32 c) {
+        return HALFBYTE_ISA::multiply_add(a, b, c);
+    }
+
+    HALFBYTE_INLINE static int column(int vector, int lane) { return vector * lanes + lane; }
+
+    template <int vectors, class T>
+    HALFBYTE_INLINE static void interleave(const T* const* rows, float* out) {
+        for (int v = 0; v < vectors; ++v) store(out + v * lanes, load(rows[0] + v * lanes));
+    }
+    template <int vectors, class T>
+    HALFBYTE_INLINE static void store_row(const F32* sums, T* y) {
+        for (int v = 0; v < vectors; ++v) store(y + v * lanes, sums[v]);
+    }
+};
+
+#ifdef __AVX512BF16__
+using Bf16Operand = Pairs;
+#else
+using Bf16Operand = Singles;
+#endif
+
+// sums += a · panel over `steps` steps, or = where the sums are `fresh`. Rows of `a` are `stride` values
+// apart.
+template <class P, int rows>
+void multiply_tile(const typename P::Value* a, int64_t stride, const typename P::Value* panel, int64_t steps,
+                   float* sums, bool fresh) {
+    F32 acc[rows][tile_vectors];
+    HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
+        HALFBYTE_UNROLL for (int v = 0; v < tile_vectors; ++v) acc[i][v] = zero();
+    }
+    if (!fresh) {
+        HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
+            HALFBYTE_UNROLL for (int v = 0; v < tile_vectors; ++v) acc[i][v] =
+                load(sums + (i * tile_vectors + v) * lanes);
+        }
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+        typename P::Vector b[tile_vectors];
+        HALFBYTE_UNROLL for (int v = 0; v < tile_vectors; ++v) b[v] = P::load(panel + v * lanes * P::depth);
+        HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
+            const typename P::Vector left = P::broadcast(a + i * stride);
+            HALFBYTE_UNROLL for (int v = 0; v < tile_vectors; ++v) acc[i][v] =
+                P::multiply_add(left, b[v], acc[i][v]);
+        }
+        a += P::depth;
+        panel += tile_columns * P::depth;
+    }
+    HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
+        HALFBYTE_UNROLL for (int v = 0; v < tile_vectors; ++v)
+            store(sums + (i * tile_vectors + v) * lanes, acc[i][v]);
+    }
+}
+
+template <class P>
+using MultiplyTile = void (*)(const typename P::Value*, int64_t, const typename P::Value*, int64_t, float*,
+                              bool);
+
+// By the number of rows, less one.
+template <class P>
+constexpr MultiplyTile<P> multiply_tiles[tile_rows] = {multiply_tile<P, 1>, multiply_tile<P, 2>,
+                                                       multiply_tile<P, 3>, multiply_tile<P, 4>,
+                                                       multiply_tile<P, 5>, multiply_tile<P, 6>};
+
+// Rows of a tile, rounded to the type of `y`, whose rows are `stride` values apart; `columns` of the tile are
+// real.
+template <class P, class T>
+HALFBYTE_INLINE void store_tile(const float* sums, int64_t rows, int64_t columns, T* y, int64_t stride) {
+    for (int64_t i = 0; i < rows; ++i, sums += tile_columns, y += stride) {
+        F32 row[tile_vectors];
+        for (int v = 0; v < tile_vectors; ++v) row[v] = load(sums + v * lanes);
+        if (columns >= tile_columns) {
+            P::template store_row<tile_vectors>(row, y);
+        } else {
+            T whole[tile_columns];
+            P::template store_row<tile_vectors>(row, whole);
+            memcpy(y, whole, static_cast<size_t>(columns) * sizeof(T));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace halfbyte::HALFBYTE_ISA

@@ -1,0 +1,66 @@
+// AVX-512 BF16: what avx512.hpp has, and products of bf16 pairs. Contract: isa.hpp; of Pairs:
+// kernels/tiles.hpp.
+#pragma once
+
+#include "avx512.hpp"
+
+namespace halfbyte::HALFBYTE_ISA {
+namespace {
+
+HALFBYTE_INLINE void transpose(__m512i* r) {
+    F32 floats[16];
+    for (int i = 0; i < 16; ++i) floats[i] = _mm512_castsi512_ps(r[i]);
+    transpose(floats);
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_castps_si512(floats[i]);
+}
+
+// Two neighbouring values of the sum in each lane. `vdpbf16ps` takes denormals as zero.
+struct Pairs {
+    using Value = bf16;
+    using Vector = __m512i;
+    static constexpr int depth = 2;
+    static constexpr int64_t depth_block = 1024;
+
+    HALFBYTE_INLINE static Vector load(const bf16* p) { return _mm512_loadu_si512(p); }
+    HALFBYTE_INLINE static Vector broadcast(const bf16* p) {
+        Vector v;  // an instruction of its own: see avx512.hpp
+        asm("vpbroadcastd %1, %0" : "=v"(v) : "m"(*reinterpret_cast<const uint16_t (*)[2]>(p)));
+        return v;
+    }
+    HALFBYTE_INLINE static F32 multiply_add(Vector a, Vector b, F32 c) {
+        return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+    }
+
+    // Registers take turns, the first the even columns of thirty-two and the second the odd ones: that is how
+    // two rows of bf16 interleave into pairs with two operations a register, and sums interleave into a row.
+    HALFBYTE_INLINE static int column(int vector, int lane) {
+        return vector / 2 * 32 + lane * 2 + vector % 2;
+    }
+
+    template <int vectors>
+    HALFBYTE_INLINE static void interleave(const bf16* const* rows, bf16* out) {
+        const __m512i low_words = _mm512_set1_epi32(0xffff);
+        for (int v = 0; v < vectors; v += 2) {
+            const __m512i a = load(rows[0] + v * 16), b = load(rows[1] + v * 16);
+            const __m512i even = _mm512_ternarylogic_epi32(a, _mm512_slli_epi32(b, 16), low_words, 0xe4);
+            const __m512i odd = _mm512_ternarylogic_epi32(_mm512_srli_epi32(a, 16), b, low_words, 0xe4);
+            _mm512_storeu_si512(out + v * 32, even);
+            _mm512_storeu_si512(out + v * 32 + 32, odd);
+        }
+    }
+
+    template <int vectors>
+    HALFBYTE_INLINE static void store_row(const F32* sums, bf16* y) {
+        alignas(64) static const uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512i interleaved = _mm512_load_si512(order);
+        for (int v = 0; v < vectors; v += 2) {
+            const __m512i rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(sums[v + 1], sums[v]));
+            _mm512_storeu_si512(y + v * 16, _mm512_permutexvar_epi16(interleaved, rounded));
+        }
+    }
+};
+
+}  // namespace
+}  // namespace halfbyte::HALFBYTE_ISA
