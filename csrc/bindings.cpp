@@ -187,6 +187,44 @@ void matmul_4bit(uintptr_t x, int64_t x_stride, int dtype, int64_t rows, uintptr
         threads);
 }
 
+using Shape = std::array<int64_t, 6>;  // the members of AttentionShape, in order
+using Rows = std::array<int64_t, 4>;   // an address, and the strides of batch, head and row
+
+AttentionShape shape_of(const Shape& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
+AttentionRows rows_of(const Rows& r) { return {at<const void>(static_cast<uintptr_t>(r[0])), r[1], r[2], r[3]}; }
+
+void attention(const Shape& shape, int dtype, const Rows& q, const Rows& k, const Rows& v, uintptr_t segment_start,
+               int64_t window, float scale, float softcap, uintptr_t out, uintptr_t logsumexp, uintptr_t workspace,
+               int threads) {
+    begin_call().attention({shape_of(shape), static_cast<DType>(dtype), rows_of(q), rows_of(k), rows_of(v),
+                            at<const int32_t>(segment_start), window, scale, softcap, at<void>(out),
+                            at<float>(logsumexp), at<void>(workspace)},
+                           threads);
+}
+
+void attention_backward(const Shape& shape, int dtype, const Rows& q, const Rows& k, const Rows& v,
+                        uintptr_t segment_start, int64_t window, float scale, float softcap, uintptr_t out,
+                        uintptr_t logsumexp, const Rows& dout, uintptr_t dq, uintptr_t dk, uintptr_t dv,
+                        uintptr_t workspace, int threads) {
+    begin_call().attention_backward(
+        {{shape_of(shape), static_cast<DType>(dtype), rows_of(q), rows_of(k), rows_of(v),
+          at<const int32_t>(segment_start), window, scale, softcap, at<void>(out), at<float>(logsumexp),
+          at<void>(workspace)},
+         rows_of(dout),
+         at<void>(dq),
+         at<void>(dk),
+         at<void>(dv)},
+        threads);
+}
+
+int64_t attention_workspace_bytes(const Shape& shape) {
+    return selected.load()->attention_workspace_bytes(shape_of(shape));
+}
+
+int64_t attention_backward_workspace_bytes(const Shape& shape, int threads) {
+    return selected.load()->attention_backward_workspace_bytes(shape_of(shape), threads);
+}
+
 }  // namespace
 }  // namespace halfbyte
 
@@ -213,4 +251,8 @@ NB_MODULE(_C, m) {
     m.def("gated_backward", &halfbyte::gated_backward, unlocked());
     m.def("adamw_step", &halfbyte::adamw_step, unlocked());
     m.def("matmul_4bit", &halfbyte::matmul_4bit, unlocked());
+    m.def("attention", &halfbyte::attention, unlocked());
+    m.def("attention_backward", &halfbyte::attention_backward, unlocked());
+    m.def("attention_workspace_bytes", &halfbyte::attention_workspace_bytes);
+    m.def("attention_backward_workspace_bytes", &halfbyte::attention_backward_workspace_bytes);
 }

@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.hpp"
+
 namespace halfbyte {
 
 // 16-bit floats, as bits. Types of their own, so that overloads can tell them apart.
@@ -92,6 +94,10 @@ struct Kernels {
     void (*gated_backward)(const GatedBackward&, int threads);
     void (*adamw_step)(const AdamWStep&, int threads);
     void (*matmul_4bit)(const Matmul4bit&, int threads);
+    void (*attention)(const Attention&, int threads);
+    void (*attention_backward)(const AttentionBackward&, int threads);
+    int64_t (*attention_workspace_bytes)(const AttentionShape&);
+    int64_t (*attention_backward_workspace_bytes)(const AttentionShape&, int threads);
 };
 
 }  // namespace halfbyte

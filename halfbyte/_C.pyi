@@ -140,3 +140,45 @@ def matmul_4bit(
     threads: int,
     /,
 ) -> None: ...
+
+_Shape = tuple[int, int, int, int, int, int]  # batches, heads, kv_heads, queries, keys, head_dim
+_Rows = tuple[int, int, int, int]  # address; strides of batch, head and row in elements
+
+def attention(
+    shape: _Shape,
+    dtype: int,
+    q: _Rows,
+    k: _Rows,
+    v: _Rows,
+    segment_start: int,
+    window: int,
+    scale: float,
+    softcap: float,
+    out: int,
+    logsumexp: int,
+    workspace: int,
+    threads: int,
+    /,
+) -> None: ...
+def attention_backward(
+    shape: _Shape,
+    dtype: int,
+    q: _Rows,
+    k: _Rows,
+    v: _Rows,
+    segment_start: int,
+    window: int,
+    scale: float,
+    softcap: float,
+    out: int,
+    logsumexp: int,
+    dout: _Rows,
+    dq: int,
+    dk: int,
+    dv: int,
+    workspace: int,
+    threads: int,
+    /,
+) -> None: ...
+def attention_workspace_bytes(shape: _Shape, /) -> int: ...
+def attention_backward_workspace_bytes(shape: _Shape, threads: int, /) -> int: ...

@@ -21,6 +21,10 @@ const Kernels kernels = {
     gated_backward,
     adamw_step,
     matmul_4bit,
+    attention,
+    attention_backward,
+    attention_workspace_bytes,
+    attention_backward_workspace_bytes,
 };
 
 }  // namespace halfbyte::HALFBYTE_ISA

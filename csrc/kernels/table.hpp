@@ -17,6 +17,10 @@ void gated_forward(const GatedForward&, int threads);
 void gated_backward(const GatedBackward&, int threads);
 void adamw_step(const AdamWStep&, int threads);
 void matmul_4bit(const Matmul4bit&, int threads);
+void attention(const Attention&, int threads);
+void attention_backward(const AttentionBackward&, int threads);
+int64_t attention_workspace_bytes(const AttentionShape&);
+int64_t attention_backward_workspace_bytes(const AttentionShape&, int threads);
 
 extern const Kernels kernels;
 

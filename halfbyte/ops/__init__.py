@@ -9,6 +9,8 @@ from halfbyte.ops._dispatch import (
     forced_implementation,
 )
 from halfbyte.ops.adamw_step import adamw_step
+from halfbyte.ops.attention import attention
+from halfbyte.ops.attention_backward import attention_backward
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
 from halfbyte.ops.dequantize_8bit import dequantize_8bit
 from halfbyte.ops.gated import ACTIVATIONS, gated, gated_backward
@@ -27,6 +29,8 @@ __all__ = [
     "Nested",
     "active_implementation",
     "adamw_step",
+    "attention",
+    "attention_backward",
     "available_implementations",
     "dequantize_4bit",
     "dequantize_8bit",

@@ -29,6 +29,8 @@ NATIVE = ("avx512bf16", "avx512", "avx2", "neon", "portable")
 
 # (op, device) -> implementations, best first. `reference` is plain torch and serves every device not listed.
 TABLE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("attention", "cpu"): (*NATIVE, "reference"),
+    ("attention_backward", "cpu"): (*NATIVE, "reference"),
     ("quantize_4bit", "cpu"): (*NATIVE, "reference"),
     ("quantize_4bit", "cuda"): ("bitsandbytes", "reference"),
     ("dequantize_4bit", "cpu"): (*NATIVE, "reference"),
