@@ -82,13 +82,14 @@ void attend(const Attention& call, const Sight& sight, const Layout& layout, con
     alignas(64) float scores[key_tile * query_tile];
     alignas(64) Word weights[key_tile * query_tile];
     const int64_t stop = round_up(sight.last_to + 1, strip);
+    const float factor = score_factor(call);
     for (int64_t begin = sight.first_from / strip * strip; begin < stop; begin += key_tile) {
         const int64_t count = least(key_tile, stop - begin);
         alignas(64) float maxima[query_tile];
         for (int64_t lane = 0; lane < query_tile; lane += lanes) store(maxima + lane, broadcast(hidden));
         for (int64_t key = 0; key < count; key += strip) {
             float* at = scores + key * query_tile;
-            multiply_strip<Steps>(keys + (begin + key) * layout.words, queries, layout.words, at);
+            multiply_strip<Steps>(keys + (begin + key) * layout.words, queries, layout.words, factor, at);
             finish_scores(call, sight, begin + key, at);
             for (int64_t lane = 0; lane < query_tile; lane += lanes) {
                 F32 most = load(maxima + lane);

@@ -159,11 +159,13 @@ HALFBYTE_INLINE void weigh_strip(const Attention& call, const Layout& l, const S
     alignas(64) float dp[strip * query_tile];
     const int64_t first = tile * query_tile, tile_words = query_tile * l.words;
     const Sight& sight = share.sights[tile];
-    multiply_strip<Steps>(share.key_rows + key * l.words, share.query_lanes + tile * tile_words, l.words, scores);
-    multiply_strip<Steps>(share.value_rows + key * l.words, share.dout_lanes + tile * tile_words, l.words, dp);
+    multiply_strip<Steps>(share.key_rows + key * l.words, share.query_lanes + tile * tile_words, l.words,
+                          score_factor(call), scores);
+    multiply_strip<Steps>(share.value_rows + key * l.words, share.dout_lanes + tile * tile_words, l.words, 1.0f, dp);
     finish_scores(call, sight, key, scores);
+    const bool capped = call.softcap > 0;
     const F32 one = broadcast(1.0f);
-    const F32 per_cap = broadcast(call.softcap > 0 ? 1.0f / (call.softcap * log2_e) : 0.0f);
+    const F32 per_cap = broadcast(capped ? 1.0f / (call.softcap * log2_e) : 0.0f);
     for (int64_t lane = 0; lane < query_tile; lane += lanes) {
         const F32 logsumexp = load(share.logsumexp + first + lane), delta = load(share.delta + first + lane);
         for (int64_t k = 0; k < strip; k += 2) {
@@ -172,7 +174,7 @@ HALFBYTE_INLINE void weigh_strip(const Attention& call, const Layout& l, const S
                 const int64_t at = (k + i) * query_tile + lane;
                 const F32 s = load(scores + at), p = exp2(s - logsumexp);
                 ds[i] = p * (load(dp + at) - delta);
-                if (call.softcap > 0) {
+                if (capped) {
                     const F32 t = maximum(s * per_cap, broadcast(-1.0f));  // a hidden score is far below the cap
                     ds[i] = ds[i] * (one - t * t);
                 }

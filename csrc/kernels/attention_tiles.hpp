@@ -132,10 +132,12 @@ void add_product(const Operand& a, const Word* b, int64_t b_stride, int64_t step
     }
 }
 
-// out[8 keys][48 queries] = rows . lanes
+// out[8 keys][48 queries] = factor rows . lanes. Not inlined: constants of the caller's loops would push sums out of registers.
 template <class Steps>
-HALFBYTE_INLINE void multiply_strip(const Word* rows, const Word* columns, int64_t words, float* out) {
+__attribute__((noinline)) void multiply_strip(const Word* rows, const Word* columns, int64_t words, float factor,
+                                              float* out) {
     constexpr int R = many_registers ? 8 : 4, N = 3;
+    const F32 by = broadcast(factor);
     for (int64_t column = 0; column < query_tile; column += N * lanes)
         for (int64_t row = 0; row < strip; row += R) {
             F32 sums[R][N];
@@ -143,7 +145,7 @@ HALFBYTE_INLINE void multiply_strip(const Word* rows, const Word* columns, int64
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                for (int n = 0; n < N; ++n) store(out + (row + r) * query_tile + column + n * lanes, sums[r][n]);
+                for (int n = 0; n < N; ++n) store(out + (row + r) * query_tile + column + n * lanes, sums[r][n] * by);
         }
 }
 
@@ -264,10 +266,10 @@ HALFBYTE_INLINE void store_steps(PairSteps, Word* to, int64_t key, int64_t query
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(second, first);
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
                                                 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    _mm512_storeu_si512(to + key / 2 * query_tile + query, _mm512_permutexvar_epi16(interleave, halves));
+    _mm512_storeu_si512(to + (key >> 1) * query_tile + query, _mm512_permutexvar_epi16(interleave, halves));
 }
 HALFBYTE_INLINE void store_row(PairSteps, Word* to, int64_t key, int64_t query, F32 v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (key * query_tile + query) / 2),
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + key * (query_tile / 2) + query / 2),
                         (__m256i)_mm512_cvtneps_pbh(v));
 }
 #endif
@@ -313,15 +315,20 @@ HALFBYTE_INLINE F32 tanh_of(F32 x) {
     return one - broadcast(2.0f) / (exp2(bounded) + one);
 }
 
-// Scores in units of ln 2: products in, [key][query] of a strip; scaled, capped and hidden out.
+// What q.k is multiplied by: for scores in units of ln 2, and under a cap for the argument of tanh_of.
+HALFBYTE_INLINE float score_factor(const Attention& call) {
+    return call.scale * (call.softcap > 0 ? 2 * log2_e / call.softcap : log2_e);
+}
+
+// Caps and hides, in place, a strip's scores [key][query].
 HALFBYTE_INLINE void finish_scores(const Attention& call, const Sight& sight, int64_t key, float* scores) {
-    const bool whole = sight.is_whole(key, key + strip);
-    const F32 scale = broadcast(call.scale * (call.softcap > 0 ? 2 * log2_e / call.softcap : log2_e));
+    const bool whole = sight.is_whole(key, key + strip), capped = call.softcap > 0;
+    if (whole && !capped) return;
     const F32 cap = broadcast(call.softcap * log2_e);
     for (int64_t k = 0; k < strip; ++k, scores += query_tile)
         for (int64_t lane = 0; lane < query_tile; lane += lanes) {
-            F32 s = load(scores + lane) * scale;
-            if (call.softcap > 0) s = tanh_of(s) * cap;
+            F32 s = load(scores + lane);
+            if (capped) s = tanh_of(s) * cap;
             if (!whole) s = hide(s, sight.from + lane, sight.to + lane, static_cast<int32_t>(key + k));
             store(scores + lane, s);
         }
