@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from halfbyte import optim
     from halfbyte.config import FinetuneConfig
     from halfbyte.errors import HalfbyteError
-    from halfbyte.huggingface import QuantizationConfig, add_lora, load_model
+    from halfbyte.huggingface import QuantizationConfig, accelerate_model, add_lora, load_model
     from halfbyte.nn import Linear4bit
     from halfbyte.quant import QuantizedTensor, quantize_4bit
     from halfbyte.recipes.finetune import RunResult, finetune
@@ -23,6 +23,7 @@ _HOME = {
     "QuantizationConfig": "halfbyte.huggingface",
     "QuantizedTensor": "halfbyte.quant",
     "RunResult": "halfbyte.recipes.finetune",
+    "accelerate_model": "halfbyte.huggingface",
     "add_lora": "halfbyte.huggingface",
     "finetune": "halfbyte.recipes.finetune",
     "load_model": "halfbyte.huggingface",
@@ -36,6 +37,7 @@ __all__ = [
     "QuantizationConfig",
     "QuantizedTensor",
     "RunResult",
+    "accelerate_model",
     "add_lora",
     "finetune",
     "load_model",

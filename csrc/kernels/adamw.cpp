@@ -21,9 +21,12 @@ HALFBYTE_INLINE void step_piece(const AdamWStep& call, int64_t tensor, int64_t s
     float* exp_avg = call.exp_avgs[tensor] + start;
     float* exp_avg_sq = call.exp_avg_sqs[tensor] + start;
     const int64_t left = call.sizes[tensor] - start;
+    // Interpolated from the end that is nearer, so that beta1 = 0 gives the gradient itself.
+    const bool near = call.one_minus_beta1 < 0.5f;
+    const float weight = near ? call.one_minus_beta1 : call.one_minus_beta1 - 1;
     for_registers(left < piece ? left : piece, [&](int64_t i, auto access) HALFBYTE_LAMBDA {
         const F32 g = access.get(grad + i), m_before = access.get(exp_avg + i);
-        const F32 m = multiply_add(broadcast(call.one_minus_beta1), g - m_before, m_before);
+        const F32 m = multiply_add(broadcast(weight), g - m_before, near ? m_before : g);
         const F32 decayed = access.get(exp_avg_sq + i) * broadcast(call.beta2);
         const F32 v = multiply_add(broadcast(call.one_minus_beta2) * g, g, decayed);
         const F32 denominator = sqrt(v) / broadcast(call.root_correction2) + broadcast(call.eps);

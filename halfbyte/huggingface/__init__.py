@@ -3,7 +3,19 @@
 from halfbyte.huggingface.attention import attention_calls
 from halfbyte.huggingface.install_attention import use_attention
 from halfbyte.huggingface.load import load_model, load_tokenizer
+from halfbyte.huggingface.patch import Replacement, accelerate_model, describe_replacements, replacements_of
 from halfbyte.huggingface.peft import add_lora
 from halfbyte.huggingface.quantizer import QuantizationConfig
 
-__all__ = ["QuantizationConfig", "add_lora", "attention_calls", "load_model", "load_tokenizer", "use_attention"]
+__all__ = [
+    "QuantizationConfig",
+    "Replacement",
+    "accelerate_model",
+    "add_lora",
+    "attention_calls",
+    "describe_replacements",
+    "load_model",
+    "load_tokenizer",
+    "replacements_of",
+    "use_attention",
+]

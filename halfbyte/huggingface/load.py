@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.gguf import read_gguf_tensors
+from halfbyte.huggingface.patch import accelerate_model
 from halfbyte.huggingface.quantizer import QUANT_METHOD, QuantizationConfig, first_conversion_error
 from halfbyte.huggingface.source import Source, locate, read_config, read_safetensors, reason
 from halfbyte.nn import Linear4bit
@@ -34,6 +35,7 @@ def load_model(
     double_quant: bool = True,
     compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    fast: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any causal language model that transformers knows, its linear layers in 4 bits.
 
@@ -46,6 +48,8 @@ def load_model(
         block_size: values that share one absmax; a power of two, 32 to 4096.
         double_quant: store the absmax in 8 bits.
         compute_dtype: of products and of what is not quantized.
+        fast: halfbyte's norms, gated MLPs, rotary embedding and loss in place of the model's own, each only where
+            it is found to compute the same; `replacements_of(model)` tells which.
 
     Raises:
         HalfbyteError: no such model, an unknown architecture, a missing or broken file or tensor, a weight
@@ -76,6 +80,8 @@ def load_model(
         config.quantization_config = {"quant_method": QUANT_METHOD, **vars(read)}
         quantization = None
     model = _build(source, config, tensors, quantization, compute_dtype, device)
+    if fast:
+        accelerate_model(model)
     return model, tokenizer
 
 

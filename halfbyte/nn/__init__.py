@@ -1,8 +1,31 @@
 """Modules and autograd over ops."""
 
 from halfbyte.nn.attention import attention
+from halfbyte.nn.gated import gated, gated_halves
 from halfbyte.nn.linear4bit import Linear4bit
 from halfbyte.nn.lora import lora_product
-from halfbyte.nn.loss import count_supervised, supervised_loss
+from halfbyte.nn.loss import (
+    LogitTransform,
+    count_supervised,
+    linear_cross_entropy,
+    logit_transform,
+    supervised_loss,
+)
+from halfbyte.nn.norm import layer_norm, rms_norm
+from halfbyte.nn.rotary import rotate_queries_and_keys
 
-__all__ = ["Linear4bit", "count_supervised", "lora_product", "supervised_loss"]
+__all__ = [
+    "Linear4bit",
+    "LogitTransform",
+    "attention",
+    "count_supervised",
+    "gated",
+    "gated_halves",
+    "layer_norm",
+    "linear_cross_entropy",
+    "logit_transform",
+    "lora_product",
+    "rms_norm",
+    "rotate_queries_and_keys",
+    "supervised_loss",
+]

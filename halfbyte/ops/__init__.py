@@ -1,5 +1,6 @@
 """Plain tensors in, plain tensors out. One folder an op, each with the oracle it is held to: see `_dispatch`."""
 
+from halfbyte.ops._checks import FLOAT_DTYPES
 from halfbyte.ops._dispatch import (
     ENVIRONMENT_VARIABLE,
     Implementation,
@@ -25,6 +26,7 @@ from halfbyte.ops.rotary import rotary
 __all__ = [
     "ACTIVATIONS",
     "ENVIRONMENT_VARIABLE",
+    "FLOAT_DTYPES",
     "Implementation",
     "Nested",
     "active_implementation",

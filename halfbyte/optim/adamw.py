@@ -6,12 +6,13 @@
 Parameters and moments are float32: an adapter is small, and 16-bit moments lose small updates.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from halfbyte import ops
 
 
 class AdamW(torch.optim.Optimizer):
@@ -35,23 +36,41 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+            self._update(group)
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        # Parameters that have taken equally many steps, on one device, are updated together: almost always all.
+        together: dict[tuple[int, torch.device], list[Tensor]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                together.setdefault((self._begin(parameter), parameter.device), []).append(parameter)
+        for (step, _), parameters in together.items():
+            states = [self.state[parameter] for parameter in parameters]
+            wide = [parameter.to(torch.float32, memory_format=torch.contiguous_format) for parameter in parameters]
+            ops.adamw_step(
+                wide,
+                [parameter.grad.float() for parameter in parameters],  # type: ignore[union-attr]
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                group["lr"],
+                beta1,
+                beta2,
+                group["eps"],
+                group["weight_decay"],
+                step,
+            )
+            for parameter, updated in zip(parameters, wide, strict=True):
+                if updated is not parameter:  # one that is not float32, or not contiguous
+                    parameter.copy_(updated)
+
+    def _begin(self, parameter: Tensor) -> int:
+        """Make the parameter's state if it has none; the step that is now taken, from 1."""
         state = self.state[parameter]
         if not state:
             state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         state["step"] += 1
-        beta1, beta2 = group["betas"]
-        grad = parameter.grad.float()  # type: ignore[union-attr]
-        exp_avg = state["exp_avg"].lerp_(grad, 1 - beta1)
-        exp_avg_sq = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        step_size = group["lr"] / (1 - beta1 ** state["step"])
-        denominator = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.addcdiv_(exp_avg, denominator, value=-step_size)
+        return int(state["step"])

@@ -19,7 +19,7 @@ from halfbyte.checkpoint.resume import find_checkpoint, read_state, restore_chec
 from halfbyte.config import FinetuneConfig
 from halfbyte.data import Batch, Example, encode_rows, fingerprint, pack, preview, read_rows, training_steps
 from halfbyte.errors import HalfbyteError
-from halfbyte.huggingface import add_lora, load_model, load_tokenizer
+from halfbyte.huggingface import add_lora, describe_replacements, load_model, load_tokenizer, replacements_of
 from halfbyte.optim import AdamW, learning_rate_factor
 from halfbyte.recipes.display import Display
 from halfbyte.recipes.interrupt import heard_at_step_end
@@ -83,6 +83,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
         getattr(torch, config.compute_dtype),
         _device(),
     )
+    console.print(describe_replacements(replacements_of(model)), highlight=False)
     run = Run(config, add_lora(model, _lora_config(config)), tokenizer, train, held_out, console)
     return run.execute()
 
