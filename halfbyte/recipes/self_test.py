@@ -100,7 +100,8 @@ def _fastest(call: Call) -> float:
 
 
 def _cases(values: int) -> list[_Case]:
-    return [*_quantization(values), *_norms(values), *_gates(values), _rotary(values), _loss(values), _adamw(values)]
+    blocks = [*_norms(values), *_gates(values), _rotary(values), _loss(values)]
+    return [*_quantization(values), _product(values), *blocks, _adamw(values)]
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -128,6 +129,26 @@ def _quantization(values: int) -> list[_Case]:
         _Case("quantize_8bit", n, lambda _: lambda: ops.quantize_8bit(x, signed, NESTED_BLOCK_SIZE), exact=True),
         _Case("dequantize_8bit", n, lambda _: lambda: (ops.dequantize_8bit(*dequantize_8bit),), exact=True),
     ]
+
+
+def _product(values: int) -> _Case:
+    """Throughput in multiplications with weights, of the two directions together."""
+    rows, width = 61, 193
+    height = values // (8 * width) + 1
+    weight, x, dy = _random(height, width), _random(rows, width, seed=1), _random(rows, height, seed=2)
+    nf4 = torch.tensor(CODEBOOKS["nf4"])
+    with ops.forced_implementation(REFERENCE):
+        packed, absmax = ops.quantize_4bit(weight, nf4, 64)
+
+    def make(dtype: torch.dtype) -> Call:
+        constants = packed, absmax, nf4, 64, (height, width)
+        rounded = x.to(dtype), dy.to(dtype)
+        return lambda: tuple(
+            ops.matmul_4bit(given, *constants, transpose)
+            for given, transpose in zip(rounded, (False, True), strict=True)
+        )
+
+    return _Case("matmul_4bit", 2 * rows * weight.numel(), make)
 
 
 def _norms(values: int) -> list[_Case]:

@@ -59,13 +59,13 @@ def test_no_further_from_float32_than_the_dense_layer_in_the_same_dtype(
         # What both approximate: the same rounded inputs and weight, in float64.
         exact = through(Dense(weight.double(), offset), x.double(), dy.double())
         terms = Dense(weight.abs(), None if offset is None else offset.abs())
-        sizes = through(terms, x.abs(), dy.abs())
-        for got, reference, truth, size in zip(ours, dense, exact, sizes, strict=True):
+        totals = through(terms, x.abs(), dy.abs())
+        for got, reference, truth, total in zip(ours, dense, exact, totals, strict=True):
             assert got.dtype == dtype
             assert got.shape == truth.shape
             if truth.numel():
                 # Slack: one rounding of the largest value; in float32, of the sum of its terms in any order.
-                unit = torch.finfo(dtype).eps * (size if dtype == torch.float32 else truth.abs()).max()
+                unit = torch.finfo(dtype).eps * (total if dtype == torch.float32 else truth.abs()).max()
                 worst = (reference.double() - truth).abs().max()
                 assert (got.double() - truth).abs().max() <= worst + unit
 

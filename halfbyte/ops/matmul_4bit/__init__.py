@@ -33,8 +33,8 @@ def matmul_4bit(
     codebook: Tensor,  # (16,) float32
     block_size: int,  # values that share one absmax
     shape: tuple[int, int],  # (N, K) of the weight W
-    *,
     transpose: bool = False,
+    *,
     nested: Nested | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,  # t (..., r) and B (N, r), or A (r, K) when transposed; as x
 ) -> Tensor:  # (..., N), or (..., K) when transposed; the dtype of x
