@@ -40,7 +40,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma3_text": _GEMMA,
     "phi3": {"tie_word_embeddings": False},
     "gpt_neox": {},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "gpt2": {},
     "opt": {"ffn_dim": 56, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False},
     "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},

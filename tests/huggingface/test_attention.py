@@ -207,8 +207,9 @@ def test_a_model_that_differs_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         out, logsumexp = transformers_reference(*arguments)
         return out * 1.01, logsumexp
 
-    from halfbyte.nn import attention as _  # noqa: F401
     import sys
+
+    from halfbyte.nn import attention as _  # noqa: F401
 
     layer = sys.modules["halfbyte.nn.attention"]
     transformers_reference = layer.attention_forward
