@@ -1,10 +1,12 @@
 // Causal attention as the kernels see it. Included from kernels.hpp, under the same rules.
 //
-// Query i stands at position p = i + keys - queries, so that the last query is the last key's own. It sees the keys
+// Query i stands at position p = i + keys - queries, so that the last query is the last key's own. It sees
+// the keys
 //
 //     [max(segment_start[batch][i], p - window + 1), p]
 //
-// and always itself. Packed rows, left padding, sliding windows and a cache of earlier keys are all of that form.
+// and always itself. Packed rows, left padding, sliding windows and a cache of earlier keys are all of that
+// form.
 #pragma once
 
 #include <cstdint>

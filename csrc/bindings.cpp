@@ -191,11 +191,13 @@ using Shape = std::array<int64_t, 6>;  // the members of AttentionShape, in orde
 using Rows = std::array<int64_t, 4>;   // an address, and the strides of batch, head and row
 
 AttentionShape shape_of(const Shape& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
-AttentionRows rows_of(const Rows& r) { return {at<const void>(static_cast<uintptr_t>(r[0])), r[1], r[2], r[3]}; }
+AttentionRows rows_of(const Rows& r) {
+    return {at<const void>(static_cast<uintptr_t>(r[0])), r[1], r[2], r[3]};
+}
 
-void attention(const Shape& shape, int dtype, const Rows& q, const Rows& k, const Rows& v, uintptr_t segment_start,
-               int64_t window, float scale, float softcap, uintptr_t out, uintptr_t logsumexp, uintptr_t workspace,
-               int threads) {
+void attention(const Shape& shape, int dtype, const Rows& q, const Rows& k, const Rows& v,
+               uintptr_t segment_start, int64_t window, float scale, float softcap, uintptr_t out,
+               uintptr_t logsumexp, uintptr_t workspace, int threads) {
     begin_call().attention({shape_of(shape), static_cast<DType>(dtype), rows_of(q), rows_of(k), rows_of(v),
                             at<const int32_t>(segment_start), window, scale, softcap, at<void>(out),
                             at<float>(logsumexp), at<void>(workspace)},
@@ -206,15 +208,14 @@ void attention_backward(const Shape& shape, int dtype, const Rows& q, const Rows
                         uintptr_t segment_start, int64_t window, float scale, float softcap, uintptr_t out,
                         uintptr_t logsumexp, const Rows& dout, uintptr_t dq, uintptr_t dk, uintptr_t dv,
                         uintptr_t workspace, int threads) {
-    begin_call().attention_backward(
-        {{shape_of(shape), static_cast<DType>(dtype), rows_of(q), rows_of(k), rows_of(v),
-          at<const int32_t>(segment_start), window, scale, softcap, at<void>(out), at<float>(logsumexp),
-          at<void>(workspace)},
-         rows_of(dout),
-         at<void>(dq),
-         at<void>(dk),
-         at<void>(dv)},
-        threads);
+    begin_call().attention_backward({{shape_of(shape), static_cast<DType>(dtype), rows_of(q), rows_of(k),
+                                      rows_of(v), at<const int32_t>(segment_start), window, scale, softcap,
+                                      at<void>(out), at<float>(logsumexp), at<void>(workspace)},
+                                     rows_of(dout),
+                                     at<void>(dq),
+                                     at<void>(dk),
+                                     at<void>(dv)},
+                                    threads);
 }
 
 int64_t attention_workspace_bytes(const Shape& shape) {
@@ -236,8 +237,10 @@ NB_MODULE(_C, m) {
     m.doc() = "halfbyte's CPU kernels. Addresses and sizes in; nothing is checked here.";
     m.def("implementations", &halfbyte::implementations, "[(name, runs on this machine, needs)], best first");
     m.def("select", &halfbyte::select, "name"_a, "Use the named implementation; False if it cannot run here");
-    m.def("selected", [] { return halfbyte::selected.load()->name; }, "Name of the implementation in use");
-    m.def("executed", [] { return halfbyte::executed.load(); }, "Name of the one that ran last, or None");
+    m.def(
+        "selected", [] { return halfbyte::selected.load()->name; }, "Name of the implementation in use");
+    m.def(
+        "executed", [] { return halfbyte::executed.load(); }, "Name of the one that ran last, or None");
 
     m.def("quantize_4bit", &halfbyte::quantize_4bit, unlocked());
     m.def("dequantize_4bit", &halfbyte::dequantize_4bit, unlocked());

@@ -1,5 +1,5 @@
-// Attention's forward: a task is one head's 48 queries against every key they see, 96 at a time, with a running
-// maximum and sum. FlashAttention-2 (arXiv 2307.08691), algorithm 1.
+// Attention's forward: a task is one head's 48 queries against every key they see, 96 at a time, with a
+// running maximum and sum. FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 
 #include <cmath>
 
@@ -10,8 +10,8 @@
 namespace halfbyte::HALFBYTE_ISA {
 namespace {
 
-// The maximum that weights are taken relative to is raised only when a score exceeds it by this much (in units of
-// ln 2): weights up to 2^8 are as exact as weights up to 1, and rescaling the sums becomes rare.
+// The maximum that weights are taken relative to is raised only when a score exceeds it by this much (in
+// units of ln 2): weights up to 2^8 are as exact as weights up to 1, and rescaling the sums becomes rare.
 constexpr float slack = 8.0f;
 
 struct Layout {  // of the workspace: for each key and value head the keys' rows, then the values' steps
@@ -38,7 +38,8 @@ void lay_heads(void* context, int64_t begin, int64_t end) {
         Word* k = static_cast<Word*>(call.workspace) + task * job.layout.per_head();
         Word* v = k + keys * words;
         const T* from = rows_of<T>(call.v, batch, head);
-        lay_rows<Steps>(rows_of<T>(call.k, batch, head), call.k.row_stride, s.head_dim, s.keys, keys, width, k);
+        lay_rows<Steps>(rows_of<T>(call.k, batch, head), call.k.row_stride, s.head_dim, s.keys, keys, width,
+                        k);
         if constexpr (Steps::per_word == 1) {
             lay_rows<Steps>(from, call.v.row_stride, s.head_dim, s.keys, keys, width, v);
         } else {
@@ -62,7 +63,7 @@ struct State {  // of one tile's softmax
 void raise_reference(State* state, const float* maxima, int64_t width) {
     alignas(64) float factor[query_tile];
     for (int64_t lane = 0; lane < query_tile; lane += lanes) {
-        const F32 before = load(state->reference + lane), after = maximum(before, load(maxima + lane));
+        const F32 before = load(state->reference + lane), after = max(before, load(maxima + lane));
         const F32 by = exp2(before - after);
         store(state->reference + lane, after);
         store(state->sum + lane, load(state->sum + lane) * by);
@@ -76,8 +77,8 @@ void raise_reference(State* state, const float* maxima, int64_t width) {
 }
 
 template <class Steps>
-void attend(const Attention& call, const Sight& sight, const Layout& layout, const Word* queries, const Word* keys,
-            const Word* values, State* state) {
+void attend(const Attention& call, const Sight& sight, const Layout& layout, const Word* queries,
+            const Word* keys, const Word* values, State* state) {
     constexpr int64_t per_word = Steps::per_word;
     alignas(64) float scores[key_tile * query_tile];
     alignas(64) Word weights[key_tile * query_tile];
@@ -93,7 +94,7 @@ void attend(const Attention& call, const Sight& sight, const Layout& layout, con
             finish_scores(call, sight, begin + key, at);
             for (int64_t lane = 0; lane < query_tile; lane += lanes) {
                 F32 most = load(maxima + lane);
-                for (int64_t k = 0; k < strip; ++k) most = maximum(most, load(at + k * query_tile + lane));
+                for (int64_t k = 0; k < strip; ++k) most = max(most, load(at + k * query_tile + lane));
                 store(maxima + lane, most);
             }
         }
@@ -107,20 +108,21 @@ void attend(const Attention& call, const Sight& sight, const Layout& layout, con
             F32 even = load(state->sum + lane), odd = broadcast(0.0f);
             for (int64_t key = 0; key < count; key += 2) {
                 const float* at = scores + key * query_tile + lane;
-                const F32 first = exp2(load(at) - reference), second = exp2(load(at + query_tile) - reference);
+                const F32 first = exp2(load(at) - reference),
+                          second = exp2(load(at + query_tile) - reference);
                 even = even + first;
                 odd = odd + second;
                 store_steps(Steps{}, weights, key, lane, first, second);
             }
             store(state->sum + lane, even + odd);
         }
-        add_product<Steps>({weights, 1, query_tile}, values + begin * layout.words, layout.width, count / per_word,
-                           state->out, layout.width, 0, sight.count, layout.width);
+        add_product<Steps>({weights, 1, query_tile}, values + begin * layout.words, layout.width,
+                           count / per_word, state->out, layout.width, 0, sight.count, layout.width);
     }
 }
 
-// Task order within a head: first tile, last tile, second, last but one ... Their costs add up to the same, so that
-// any split of the tasks into equal ranges is fair.
+// Task order within a head: first tile, last tile, second, last but one ... Their costs add up to the same,
+// so that any split of the tasks into equal ranges is fair.
 HALFBYTE_INLINE int64_t tile_of(int64_t i, int64_t tiles) { return i % 2 == 0 ? i / 2 : tiles - 1 - i / 2; }
 
 template <class Steps, class T>
@@ -151,7 +153,8 @@ void attend_tiles(void* context, int64_t begin, int64_t end) {
         attend<Steps>(call, sight, layout, queries, keys, keys + layout.keys * layout.words, &state);
 
         for (int64_t query = 0; query < sight.count; ++query) {
-            T* to = static_cast<T*>(call.out) + ((batch * s.queries + first + query) * s.heads + head) * s.head_dim;
+            T* to = static_cast<T*>(call.out) +
+                    ((batch * s.queries + first + query) * s.heads + head) * s.head_dim;
             write_row(state.out + query * layout.width, 1.0f / state.sum[query], s.head_dim, to);
             call.logsumexp[(batch * s.heads + head) * s.queries + first + query] =
                 state.reference[query] * ln_2 + logf(state.sum[query]);
@@ -167,7 +170,8 @@ void run(const Attention& call, int threads) {
     const int64_t tile_cost = query_tile * (s.keys / 2 + 1) * s.head_dim;
     const int64_t head_cost = s.keys * s.head_dim;
     parallel_for(s.batches * s.kv_heads, 1 + 65536 / head_cost, threads, lay_heads<Steps, T>, &job);
-    parallel_for(s.batches * s.heads * job.tiles, 1 + 524288 / tile_cost, threads, attend_tiles<Steps, T>, &job);
+    parallel_for(s.batches * s.heads * job.tiles, 1 + 524288 / tile_cost, threads, attend_tiles<Steps, T>,
+                 &job);
 }
 
 }  // namespace
@@ -178,8 +182,10 @@ int64_t attention_workspace_bytes(const AttentionShape& s) {
 
 void attention(const Attention& call, int threads) {
     switch (call.dtype) {
-        case DType::f32: return run<FloatSteps, float>(call, threads);
-        case DType::f16: return run<FloatSteps, f16>(call, threads);
+        case DType::f32:
+            return run<FloatSteps, float>(call, threads);
+        case DType::f16:
+            return run<FloatSteps, f16>(call, threads);
         case DType::bf16:
 #if defined(__AVX512BF16__)
             return run<PairSteps, bf16>(call, threads);

@@ -2,9 +2,9 @@
 //
 //     dV = P' dO      dP = dO V'      dS = P (dP - rowsum(dO out))      dQ = scale dS K      dK = scale dS' Q
 //
-// and, under a soft cap, dS times 1 - tanh^2. FlashAttention-2 (arXiv 2307.08691), algorithm 2. A task is one query
-// head: its dQ is its own, and what it adds to dK and dV is kept apart until the heads that share them are added up
-// in order. So nothing is atomic and the sums are the same whoever computes them.
+// and, under a soft cap, dS times 1 - tanh^2. FlashAttention-2 (arXiv 2307.08691), algorithm 2. A task is one
+// query head: its dQ is its own, and what it adds to dK and dV is kept apart until the heads that share them
+// are added up in order. So nothing is atomic and the sums are the same whoever computes them.
 
 #include "../threads.hpp"
 #include "attention_tiles.hpp"
@@ -42,8 +42,8 @@ HALFBYTE_INLINE bool is_split(const AttentionShape& s, int64_t threads) {
     return 10 * split < 9 * whole;
 }
 
-// How many partials are alive at a time: a thread's one after the other, or every head's at once. A whole task needs
-// one for the running sum.
+// How many partials are alive at a time: a thread's one after the other, or every head's at once. A whole
+// task needs one for the running sum.
 HALFBYTE_INLINE int64_t partials(const AttentionShape& s, int64_t threads) {
     return is_split(s, threads) ? s.batches * s.heads : threads;
 }
@@ -125,7 +125,8 @@ void lay_queries(const Job& job, int64_t batch, int64_t head, Share* share) {
         const T* first = rows_of<T>(from, batch, head) + tile * query_tile * from.row_stride;
         // One float32 to a word: the rows are the steps, and are laid where they will be read.
         Word* rows = Steps::per_word == 1 ? as_steps + tile * tile_words : share->rows;
-        lay_rows<Steps>(first, from.row_stride, s.head_dim, share->sights[tile].count, query_tile, l.width, rows);
+        lay_rows<Steps>(first, from.row_stride, s.head_dim, share->sights[tile].count, query_tile, l.width,
+                        rows);
         lay_lanes(rows, l.words, as_lanes + tile * tile_words);
         lay_steps<Steps>(rows, query_tile, l.width, as_steps + tile * tile_words);
     };
@@ -137,14 +138,16 @@ void lay_queries(const Job& job, int64_t batch, int64_t head, Share* share) {
     const T* dout = rows_of<T>(job.call.dout, batch, head);
     for (int64_t query = 0; query < l.queries; ++query) {
         const bool exists = query < s.queries;
-        const T* out = static_cast<const T*>(f.out) + ((batch * s.queries + query) * s.heads + head) * s.head_dim;
+        const T* out =
+            static_cast<const T*>(f.out) + ((batch * s.queries + query) * s.heads + head) * s.head_dim;
         share->logsumexp[query] = exists ? logsumexp[query] * log2_e : 0.0f;
         share->delta[query] = exists ? dot(dout + query * job.call.dout.row_stride, out, s.head_dim) : 0.0f;
     }
     memset(share->dq, 0, static_cast<size_t>(l.queries * l.width) * sizeof(float));
 }
 
-// The weights of a tile and the gradients of its scores, for sums over queries (`by_query`) and over keys (`by_key`).
+// The weights of a tile and the gradients of its scores, for sums over queries (`by_query`) and over keys
+// (`by_key`).
 template <class Steps>
 struct Weights {
     alignas(64) Word p_by_query[key_tile * query_tile];
@@ -161,7 +164,8 @@ HALFBYTE_INLINE void weigh_strip(const Attention& call, const Layout& l, const S
     const Sight& sight = share.sights[tile];
     multiply_strip<Steps>(share.key_rows + key * l.words, share.query_lanes + tile * tile_words, l.words,
                           score_factor(call), scores);
-    multiply_strip<Steps>(share.value_rows + key * l.words, share.dout_lanes + tile * tile_words, l.words, 1.0f, dp);
+    multiply_strip<Steps>(share.value_rows + key * l.words, share.dout_lanes + tile * tile_words, l.words,
+                          1.0f, dp);
     finish_scores(call, sight, key, scores);
     const bool capped = call.softcap > 0;
     const F32 one = broadcast(1.0f);
@@ -175,7 +179,7 @@ HALFBYTE_INLINE void weigh_strip(const Attention& call, const Layout& l, const S
                 const F32 s = load(scores + at), p = exp2(s - logsumexp);
                 ds[i] = p * (load(dp + at) - delta);
                 if (capped) {
-                    const F32 t = maximum(s * per_cap, broadcast(-1.0f));  // a hidden score is far below the cap
+                    const F32 t = max(s * per_cap, broadcast(-1.0f));  // a hidden score is far below the cap
                     ds[i] = ds[i] * (one - t * t);
                 }
                 store_row(Steps{}, weights->p_by_query, key - begin + k + i, lane, p);
@@ -216,10 +220,10 @@ void differentiate_head(const Attention& call, const Layout& l, const Share& sha
 
             const Word* dout = share.dout_steps + tile * tile_words;
             const Word* queries = share.query_steps + tile * tile_words;
-            add_product<Steps>({weights.p_by_query, row_words, 1}, dout, l.width, row_words, share.dv_tile, l.width,
-                               low - begin, high - begin, l.width);
-            add_product<Steps>({weights.ds_by_query, row_words, 1}, queries, l.width, row_words, share.dk_tile,
+            add_product<Steps>({weights.p_by_query, row_words, 1}, dout, l.width, row_words, share.dv_tile,
                                l.width, low - begin, high - begin, l.width);
+            add_product<Steps>({weights.ds_by_query, row_words, 1}, queries, l.width, row_words,
+                               share.dk_tile, l.width, low - begin, high - begin, l.width);
             const Word* by_key = per_word == 1 ? weights.ds_by_query : weights.ds_by_key;
             const Word* key_steps = per_word == 1 ? share.key_rows : share.key_steps;
             add_product<Steps>({by_key + (low - begin) / per_word * query_tile, 1, query_tile},
@@ -261,7 +265,8 @@ void differentiate(void* context, int64_t first_thread, int64_t last_thread) {
         Share share(l, job.share(thread));
         int64_t laid = -1;
         for (int64_t task = tasks * thread / job.threads; task < tasks * (thread + 1) / job.threads; ++task) {
-            const int64_t batch = task * unit / s.heads, first = task * unit % s.heads, kv_head = first / group;
+            const int64_t batch = task * unit / s.heads, first = task * unit % s.heads,
+                          kv_head = first / group;
             if (laid != batch * s.kv_heads + kv_head) {
                 lay_keys<Steps, T>(job, batch, kv_head, &share);
                 laid = batch * s.kv_heads + kv_head;
@@ -273,7 +278,8 @@ void differentiate(void* context, int64_t first_thread, int64_t last_thread) {
                 differentiate_head<Steps>(f, l, share, partial);
                 for (int64_t query = 0; query < s.queries; ++query) {
                     const int64_t to = ((batch * s.queries + query) * s.heads + head) * s.head_dim;
-                    write_row(share.dq + query * l.width, f.scale, s.head_dim, static_cast<T*>(job.call.dq) + to);
+                    write_row(share.dq + query * l.width, f.scale, s.head_dim,
+                              static_cast<T*>(job.call.dq) + to);
                 }
             }
             if (!job.split) write_keys<T>(job, batch, kv_head, partial);
@@ -290,7 +296,8 @@ void add_heads(void* context, int64_t begin, int64_t end) {
         float* sum = job.partial(task * group);
         for (int64_t head = 1; head < group; ++head) {
             const float* more = job.partial(task * group + head);
-            for (int64_t i = 0; i < job.layout.partial(); i += lanes) store(sum + i, load(sum + i) + load(more + i));
+            for (int64_t i = 0; i < job.layout.partial(); i += lanes)
+                store(sum + i, load(sum + i) + load(more + i));
         }
         write_keys<T>(job, task / s.kv_heads, task % s.kv_heads, sum);
     }
@@ -316,8 +323,10 @@ int64_t attention_backward_workspace_bytes(const AttentionShape& s, int threads)
 
 void attention_backward(const AttentionBackward& call, int threads) {
     switch (call.forward.dtype) {
-        case DType::f32: return run<FloatSteps, float>(call, threads);
-        case DType::f16: return run<FloatSteps, f16>(call, threads);
+        case DType::f32:
+            return run<FloatSteps, float>(call, threads);
+        case DType::f16:
+            return run<FloatSteps, f16>(call, threads);
         case DType::bf16:
 #if defined(__AVX512BF16__)
             return run<PairSteps, bf16>(call, threads);

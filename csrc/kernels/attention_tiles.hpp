@@ -1,16 +1,17 @@
 // What attention's forward and backward share.
 //
-// Queries lie in the lanes: a tile is 48 of them against up to 96 keys, and its scores are kept as [key][query], so
-// that the softmax's maximum and sum run down registers and never across one. Every product of the two passes is then
+// Queries lie in the lanes: a tile is 48 of them against up to 96 keys, and its scores are kept as
+// [key][query], so that the softmax's maximum and sum run down registers and never across one. Every product
+// of the two passes is then
 //
 //     C[row][lane] += sum over steps of A(row, step) * B[step][lane]
 //
-// with A's numbers broadcast from wherever they lie and B's rows read whole. A step is a `Word` of 32 bits: one
-// float32, or with `vdpbf16ps` two bfloat16 that are neighbours along the sum. What must be laid out for that, once
-// per tensor and not per tile:
+// with A's numbers broadcast from wherever they lie and B's rows read whole. A step is a `Word` of 32 bits:
+// one float32, or with `vdpbf16ps` two bfloat16 that are neighbours along the sum. What must be laid out for
+// that, once per tensor and not per tile:
 //
-//   rows    [row][word of head_dim]   A of q.k and dO.v; B's numbers where the sum runs over rows of one float32
-//   steps   [row / 2][head_dim]       two rows' bfloat16 side by side: B where the sum runs over rows
+//   rows    [row][word of head_dim]   A of q.k and dO.v; B's numbers where the sum runs over rows of one
+//   float32 steps   [row / 2][head_dim]       two rows' bfloat16 side by side: B where the sum runs over rows
 //   lanes   [word of head_dim][48]    B of q.k and dO.v
 //
 // Words are moved as float32 registers, which changes no bit of them.
@@ -56,7 +57,8 @@ HALFBYTE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / 
 HALFBYTE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 HALFBYTE_INLINE int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// ---- the product ---------------------------------------------------------------------------------------------
+// ---- the product
+// ---------------------------------------------------------------------------------------------
 
 struct Operand {  // A: its word for (row, step)
     const Word* words;
@@ -65,7 +67,8 @@ struct Operand {  // A: its word for (row, step)
 
 // Below, `R` rows times `N` registers of C stay in registers; 6 x 4 of 32 registers, 6 x 2 of 16.
 template <class Steps, int R, int N>
-HALFBYTE_INLINE void multiply_tile(const Operand& a, const Word* b, int64_t b_stride, int64_t steps, F32 (&c)[R][N]) {
+HALFBYTE_INLINE void multiply_tile(const Operand& a, const Word* b, int64_t b_stride, int64_t steps,
+                                   F32 (&c)[R][N]) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -91,8 +94,8 @@ void add_columns(const Operand& a, const Word* b, int64_t b_stride, int64_t step
                  int64_t first, int64_t last) {
     for (int64_t row = first / R * R; row < last; row += R) {
         F32 sums[R][N];
-        multiply_tile<Steps, R, N>({a.words + row * a.row_stride, a.row_stride, a.step_stride}, b, b_stride, steps,
-                                   sums);
+        multiply_tile<Steps, R, N>({a.words + row * a.row_stride, a.row_stride, a.step_stride}, b, b_stride,
+                                   steps, sums);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -103,8 +106,8 @@ void add_columns(const Operand& a, const Word* b, int64_t b_stride, int64_t step
     }
 }
 
-// C[first..last) += A B over `columns`. Rows before and after, to a multiple of the register tile's height (a divisor
-// of both tile sizes), are touched too: what they add must be harmless.
+// C[first..last) += A B over `columns`. Rows before and after, to a multiple of the register tile's height (a
+// divisor of both tile sizes), are touched too: what they add must be harmless.
 template <class Steps>
 void add_product(const Operand& a, const Word* b, int64_t b_stride, int64_t steps, float* c, int64_t c_stride,
                  int64_t first, int64_t last, int64_t columns) {
@@ -126,30 +129,35 @@ void add_product(const Operand& a, const Word* b, int64_t b_stride, int64_t step
             }
         }
         if (width == 2)
-            add_columns<Steps, many_registers ? 12 : 6, 2>(a, right, b_stride, steps, out, c_stride, first, last);
+            add_columns<Steps, many_registers ? 12 : 6, 2>(a, right, b_stride, steps, out, c_stride, first,
+                                                           last);
         else
             add_columns<Steps, 12, 1>(a, right, b_stride, steps, out, c_stride, first, last);
     }
 }
 
-// out[8 keys][48 queries] = factor rows . lanes. Not inlined: constants of the caller's loops would push sums out of registers.
+// out[8 keys][48 queries] = factor rows . lanes. Not inlined: constants of the caller's loops would push sums
+// out of registers.
 template <class Steps>
-__attribute__((noinline)) void multiply_strip(const Word* rows, const Word* columns, int64_t words, float factor,
-                                              float* out) {
+__attribute__((noinline)) void multiply_strip(const Word* rows, const Word* columns, int64_t words,
+                                              float factor, float* out) {
     constexpr int R = many_registers ? 8 : 4, N = 3;
     const F32 by = broadcast(factor);
     for (int64_t column = 0; column < query_tile; column += N * lanes)
         for (int64_t row = 0; row < strip; row += R) {
             F32 sums[R][N];
-            multiply_tile<Steps, R, N>({rows + row * words, words, 1}, columns + column, query_tile, words, sums);
+            multiply_tile<Steps, R, N>({rows + row * words, words, 1}, columns + column, query_tile, words,
+                                       sums);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                for (int n = 0; n < N; ++n) store(out + (row + r) * query_tile + column + n * lanes, sums[r][n] * by);
+                for (int n = 0; n < N; ++n)
+                    store(out + (row + r) * query_tile + column + n * lanes, sums[r][n] * by);
         }
 }
 
-// ---- laying out ----------------------------------------------------------------------------------------------
+// ---- laying out
+// ----------------------------------------------------------------------------------------------
 
 HALFBYTE_INLINE void convert_row(const float* from, int64_t count, float* to) {
     memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
@@ -172,8 +180,8 @@ HALFBYTE_INLINE void convert_row(const T* from, int64_t count, float* to) {
 
 // `count` rows of head_dim, then zeros to `padded` rows of `width` elements.
 template <class Steps, class T>
-void lay_rows(const T* from, int64_t row_stride, int64_t head_dim, int64_t count, int64_t padded, int64_t width,
-              Word* to) {
+void lay_rows(const T* from, int64_t row_stride, int64_t head_dim, int64_t count, int64_t padded,
+              int64_t width, Word* to) {
     using Element = typename Steps::Element;
     Element* row = reinterpret_cast<Element*>(to);
     for (int64_t r = 0; r < count; ++r, row += width) {
@@ -216,7 +224,7 @@ HALFBYTE_INLINE void lay_lanes(const Word* rows, int64_t words, Word* to) {
                 const Word* from = rows + column * words + word;
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * words);
-                // Four rounds: neighbours, pairs, then quarters of the registers.
+                    // Four rounds: neighbours, pairs, then quarters of the registers.
 #pragma GCC unroll 8
                 for (int i = 0; i < 16; i += 2) {
                     t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
@@ -240,16 +248,19 @@ HALFBYTE_INLINE void lay_lanes(const Word* rows, int64_t words, Word* to) {
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i) {
                     _mm512_storeu_ps(out + i * query_tile, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
-                    _mm512_storeu_ps(out + (i + 4) * query_tile, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88));
+                    _mm512_storeu_ps(out + (i + 4) * query_tile,
+                                     _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88));
                     _mm512_storeu_ps(out + (i + 8) * query_tile, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
-                    _mm512_storeu_ps(out + (i + 12) * query_tile, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd));
+                    _mm512_storeu_ps(out + (i + 12) * query_tile,
+                                     _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd));
                 }
             }
         return;
     }
 #endif
     for (int64_t query = 0; query < query_tile; ++query)
-        for (int64_t word = 0; word < words; ++word) to[word * query_tile + query] = rows[query * words + word];
+        for (int64_t word = 0; word < words; ++word)
+            to[word * query_tile + query] = rows[query * words + word];
 }
 
 // Two keys' registers of weights, as the steps of a sum over keys: words (key / per_word, query).
@@ -264,8 +275,8 @@ HALFBYTE_INLINE void store_row(FloatSteps, Word* to, int64_t key, int64_t query,
 #if defined(__AVX512BF16__)
 HALFBYTE_INLINE void store_steps(PairSteps, Word* to, int64_t key, int64_t query, F32 first, F32 second) {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                                22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                                23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     _mm512_storeu_si512(to + (key >> 1) * query_tile + query, _mm512_permutexvar_epi16(interleave, halves));
 }
 HALFBYTE_INLINE void store_row(PairSteps, Word* to, int64_t key, int64_t query, F32 v) {
@@ -274,7 +285,8 @@ HALFBYTE_INLINE void store_row(PairSteps, Word* to, int64_t key, int64_t query, 
 }
 #endif
 
-// ---- who sees what -------------------------------------------------------------------------------------------
+// ---- who sees what
+// -------------------------------------------------------------------------------------------
 
 // The keys each query of a tile sees, [from, to]; lanes past the last query repeat it.
 struct Sight {
@@ -307,11 +319,11 @@ HALFBYTE_INLINE void look(const Attention& call, int64_t batch, int64_t first, S
     sight->last_to = sight->to[query_tile - 1];
 }
 
-// tanh in terms of exp2; the argument is 2 log2(e) y. Its absolute error, 1e-7, is what a score is off by, times the
-// cap.
+// tanh in terms of exp2; the argument is 2 log2(e) y. Its absolute error, 1e-7, is what a score is off by,
+// times the cap.
 HALFBYTE_INLINE F32 tanh_of(F32 x) {
     const F32 one = broadcast(1.0f);
-    const F32 bounded = broadcast(0.0f) - maximum(broadcast(0.0f) - x, broadcast(-60.0f));
+    const F32 bounded = broadcast(0.0f) - max(broadcast(0.0f) - x, broadcast(-60.0f));
     return one - broadcast(2.0f) / (exp2(bounded) + one);
 }
 
@@ -344,10 +356,10 @@ template <class T>
 HALFBYTE_INLINE void write_row(const float* from, float factor, int64_t count, T* to) {
     const F32 by = broadcast(factor);
     int64_t i = 0;
-    for (; i + lanes <= count; i += lanes) store_as(to + i, load(from + i) * by);
+    for (; i + lanes <= count; i += lanes) store(to + i, load(from + i) * by);
     if (i < count) {
         T values[lanes];
-        store_as(values, load(from + i) * by);
+        store(values, load(from + i) * by);
         memcpy(to + i, values, static_cast<size_t>(count - i) * sizeof(T));
     }
 }

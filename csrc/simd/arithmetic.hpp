@@ -1,34 +1,24 @@
 // What attention needs of an instruction set beyond isa.hpp:
 //
-//   multiply_add(F32 a, F32 b, F32 c)   a * b + c, fused where the hardware can
-//   maximum(F32, F32)
+//   exp2(F32)               2^x to two units in the last place; 0 far below x = -126; x is at most 126. Half
+//   the
+//                           instructions of math.hpp's exp, and attention's scores come in units of ln 2
 //   any_above(F32 a, F32 b) -> bool
-//   exp2(F32)               2^x to two units in the last place; 0 far below x = -126; x is at most 126
 //   hide(F32 s, const int32_t* from, const int32_t* to, int32_t key)
 //                           `hidden` in the lanes where not from[lane] <= key <= to[lane]
-//   store_as(T*, F32)       rounded to nearest even
-//
-// F32 is a vector type of the compiler's under every instruction set, so + - * / are the language's own.
 #pragma once
 
 #include "isa.hpp"
 
-#if defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
 namespace halfbyte::HALFBYTE_ISA {
 namespace {
 
-// The score of a key that a query does not see: far below any real one, and finite, so that differences are numbers.
+// The score of a key that a query does not see: far below any real one, and finite, so that differences are
+// numbers.
 constexpr float hidden = -3e38f;
-
-HALFBYTE_INLINE void store_as(float* p, F32 v) { store(p, v); }
 
 #if defined(__AVX512F__)
 
-HALFBYTE_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
-HALFBYTE_INLINE F32 maximum(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 HALFBYTE_INLINE bool any_above(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 HALFBYTE_INLINE F32 hide(F32 s, const int32_t* from, const int32_t* to, int32_t key) {
     const I32 at = _mm512_set1_epi32(key);
@@ -38,16 +28,12 @@ HALFBYTE_INLINE F32 hide(F32 s, const int32_t* from, const int32_t* to, int32_t 
 }
 HALFBYTE_INLINE F32 fraction(F32 x) { return _mm512_reduce_ps(x, 1); }  // above the integer below
 HALFBYTE_INLINE F32 times_exp2_floor(F32 y, F32 x) { return _mm512_scalef_ps(y, x); }
-template <class T>
-HALFBYTE_INLINE void store_as(T* p, F32 v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to(v, T{}));
-}
 
 #elif defined(__AVX2__)
 
-HALFBYTE_INLINE F32 multiply_add(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
-HALFBYTE_INLINE F32 maximum(F32 a, F32 b) { return _mm256_max_ps(a, b); }
-HALFBYTE_INLINE bool any_above(F32 a, F32 b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+HALFBYTE_INLINE bool any_above(F32 a, F32 b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+}
 HALFBYTE_INLINE F32 hide(F32 s, const int32_t* from, const int32_t* to, int32_t key) {
     const I32 at = _mm256_set1_epi32(key);
     const I32 early = _mm256_cmpgt_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), at);
@@ -61,24 +47,10 @@ HALFBYTE_INLINE F32 times_exp2_floor(F32 y, F32 x) {  // an exponent field of ze
     const I32 bits = _mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23);
     return y * _mm256_castsi256_ps(bits);
 }
-template <class T>
-HALFBYTE_INLINE void store_as(T* p, F32 v) {
-    const I32 bits = round_to(v, T{});
-    const __m128i low = _mm256_castsi256_si128(bits), high = _mm256_extracti128_si256(bits, 1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
-}
 
 #else  // portable and neon: four lanes, in the compiler's own vectors
 
 HALFBYTE_INLINE F32 choose(I32 mask, F32 a, F32 b) { return (F32)(((I32)a & mask) | ((I32)b & ~mask)); }
-HALFBYTE_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
-#if defined(__aarch64__)
-    return (F32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-    return a * b + c;
-#endif
-}
-HALFBYTE_INLINE F32 maximum(F32 a, F32 b) { return choose((I32)(a > b), a, b); }
 HALFBYTE_INLINE bool any_above(F32 a, F32 b) {
     const I32 above = (I32)(a > b);
     return (above[0] | above[1] | above[2] | above[3]) != 0;
@@ -92,31 +64,22 @@ HALFBYTE_INLINE F32 hide(F32 s, const int32_t* from, const int32_t* to, int32_t 
 }
 HALFBYTE_INLINE I32 exponent_of(F32 x) {  // the integer below, at least -127
     const F32 least = broadcast(-127.0f);
-    const F32 clamped = maximum(x, least);
+    const F32 clamped = max(x, least);
     const I32 truncated = __builtin_convertvector(clamped, I32);
-    return truncated + (I32)(__builtin_convertvector(truncated, F32) > clamped);  // a comparison that holds is -1
+    return truncated +
+           (I32)(__builtin_convertvector(truncated, F32) > clamped);  // a comparison that holds is -1
 }
 HALFBYTE_INLINE F32 fraction(F32 x) {
-    return maximum(x, broadcast(-127.0f)) - __builtin_convertvector(exponent_of(x), F32);
+    return max(x, broadcast(-127.0f)) - __builtin_convertvector(exponent_of(x), F32);
 }
 HALFBYTE_INLINE F32 times_exp2_floor(F32 y, F32 x) {  // an exponent field of zero makes the factor zero
     return y * (F32)((exponent_of(x) + 127) << 23);
 }
-// Of the two, the one whose rounding this instruction set's header has.
-template <class T>
-HALFBYTE_INLINE auto store_as(T* p, F32 v) -> decltype(round_to(v[0], p)) {
-    for (int i = 0; i < lanes; ++i) round_to(v[i], p + i);
-}
-#if defined(__aarch64__)
-template <class T>
-HALFBYTE_INLINE auto store_as(T* p, F32 v) -> decltype(vst1_u16(nullptr, round_to(v, T{}))) {
-    vst1_u16(reinterpret_cast<uint16_t*>(p), round_to(v, T{}));
-}
-#endif
 
 #endif
 
-// 2^x = 2^floor(x) 2^f; the polynomial in f is 1 at 0 and has the least greatest relative error on [0, 1), 8.2e-8.
+// 2^x = 2^floor(x) 2^f; the polynomial in f is 1 at 0 and has the least greatest relative error on [0,
+// 1), 8.2e-8.
 HALFBYTE_INLINE F32 exp2(F32 x) {
     const F32 f = fraction(x);
     F32 y = broadcast(0.0018671302823f);

@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from halfbyte.huggingface.attention_mask import halfbyte_mask
 from halfbyte.nn.attention import attention
-from halfbyte.ops.attention._checks import MAX_HEAD_DIM
 from halfbyte.ops._checks import FLOAT_DTYPES
+from halfbyte.ops.attention._checks import MAX_HEAD_DIM
 
 NAME = "halfbyte"
 

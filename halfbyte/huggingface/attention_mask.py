@@ -38,7 +38,9 @@ def halfbyte_mask(
         at_hand = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
         starts = _of_known_parts(mask_function, at_hand, positions)
         if starts is None:
-            starts = _of_evaluation(mask_function, at_hand, positions, batch_size, kv_offset, bool(kwargs.get("use_vmap")))
+            starts = _of_evaluation(
+                mask_function, at_hand, positions, batch_size, kv_offset, bool(kwargs.get("use_vmap"))
+            )
         if starts is not None:
             return starts.expand(batch_size, -1).int().contiguous() if starts.any() else None
     mask: Tensor = sdpa_mask(

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte import ops
+from halfbyte.huggingface.attention import NAME as ATTENTION
 from halfbyte.huggingface.equivalence import agrees, is_no_worse, random_values
+from halfbyte.huggingface.install_attention import use_attention
 from halfbyte.nn import gated, gated_halves, layer_norm, logit_transform, rms_norm, rotate_queries_and_keys
 
 _RECORD = "halfbyte_replacements"
@@ -52,7 +54,7 @@ def accelerate_model(model: PreTrainedModel) -> list[Replacement]:
 
     Before or after an adapter is put on the model. Doing it twice changes nothing. Never raises because of the model.
     """
-    replacements = [*_replace_modules(model), *_replace_rotary(model), _examine_loss(model)]
+    replacements = [*_replace_modules(model), *_replace_rotary(model), _replace_attention(model), _examine_loss(model)]
     setattr(model, _RECORD, replacements)
     return replacements
 
@@ -70,6 +72,13 @@ def describe_replacements(replacements: list[Replacement]) -> str:
         if found:
             parts.append(f"{status}: {', '.join(found)}")
     return "; ".join(parts) or "nothing replaced"
+
+
+def _replace_attention(model: Any) -> Replacement:
+    before = model.config._attn_implementation
+    words = use_attention(model)
+    status = "replaced" if model.config._attn_implementation == ATTENTION else "kept"
+    return Replacement("attention", before, model.config.get_text_config().num_hidden_layers, status, words)
 
 
 # ── Modules ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -129,7 +129,9 @@ def load_adapter(model: PreTrainedModel, directory: Path | str, is_trainable: bo
     try:
         config = LoraConfig.from_pretrained(str(directory))
         if not isinstance(config, LoraConfig):
-            raise HalfbyteError(f"{directory}/adapter_config.json: {config.peft_type} is not LoRA, which alone is read.")
+            raise HalfbyteError(
+                f"{directory}/adapter_config.json: {config.peft_type} is not LoRA, which alone is read."
+            )
         _register(config)
         with _quiet_peft():
             adapted = PeftModel.from_pretrained(model, str(directory), config=config, is_trainable=is_trainable)

@@ -82,6 +82,9 @@ def supervised_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             are aligned with the ids, as in transformers: position i is predicted from position i − 1.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if is_packed(batch["position_ids"]):
+        # transformers keeps packed texts apart by their position ids, but only where it is given no mask.
+        del inputs["attention_mask"]
     targets = batch["labels"][:, 1:]
     supervised = targets != IGNORED
     output_layer = model.get_output_embeddings()  # type: ignore[operator]
@@ -102,6 +105,11 @@ def supervised_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return linear_cross_entropy(
         hidden, output_layer.weight, output_layer.bias, targets[supervised], transform.scale, transform.softcap
     )
+
+
+def is_packed(position_ids: Tensor) -> bool:
+    """Whether several texts share a row: their positions, (rows, length), do not count on by one."""
+    return bool((position_ids.diff() != 1).any())
 
 
 def count_supervised(batch: dict[str, Tensor]) -> int:

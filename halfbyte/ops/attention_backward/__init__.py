@@ -32,9 +32,7 @@ def attention_backward(
 
     The same bits for any number of threads. FlashAttention-2 (arXiv 2307.08691), algorithm 2.
     """
-    return cast(
-        "_Gradients", _attention_backward(dout, q, k, v, out, logsumexp, segment_start, scale, window, softcap)
-    )
+    return cast("_Gradients", _attention_backward(dout, q, k, v, out, logsumexp, segment_start, scale, window, softcap))
 
 
 def _run(
