@@ -1,11 +1,17 @@
 """`halfbyte finetune run.yaml`"""
 
+from typing import TYPE_CHECKING
+
 import click
 import yaml
 from rich.console import Console
 
+from halfbyte.cli import EXIT_INTERRUPTED
 from halfbyte.cli.flags import config_command
 from halfbyte.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from halfbyte.recipes.finetune import RunResult
 
 
 @config_command(FinetuneConfig)
@@ -26,4 +32,17 @@ def command(config: FinetuneConfig, dry_run: bool) -> None:
         console.print(resolved, markup=False, highlight=False, soft_wrap=True)
         recipe.dry_run(config, console)
     else:
-        recipe.finetune(config, console)
+        _show(recipe.finetune(config, console), console)
+
+
+def _show(result: "RunResult", console: Console) -> None:
+    held_out = "" if result.eval_loss is None else f", {result.eval_loss:.4f} on held-out rows"
+    console.print(
+        f"{result.output_dir}: the adapter after {result.steps} of {result.total_steps} steps; loss {result.loss:.4f}"
+        f"{held_out}; {result.tokens_per_second:,.0f} tokens/s, at most {result.peak_bytes / 2**30:.2f} GiB",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if result.interrupted:
+        raise click.exceptions.Exit(EXIT_INTERRUPTED)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from halfbyte.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, SUBCOMMANDS, main
+from halfbyte.config import FinetuneConfig
 from halfbyte.errors import HalfbyteError
 
 REQUIRED = ["--model_name_or_path", "model", "--dataset", "rows.jsonl", "--output_dir", "runs/first"]
@@ -27,8 +29,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stands in for the fine-tuning run; holds what it was called with."""
     import halfbyte.recipes.finetune as recipe
 
-    calls: dict[str, Any] = {}
-    monkeypatch.setattr(recipe, "finetune", lambda config, console: calls.update(finetune=config))
+    calls: dict[str, Any] = {"interrupted": False}
+
+    def finetune(config: FinetuneConfig, console: Console) -> recipe.RunResult:
+        calls["finetune"] = config
+        return recipe.RunResult("runs/[1]", 9, 10, 0.5, 0.25, 3.0, 1234.0, 2**30, "abc", calls["interrupted"])
+
+    monkeypatch.setattr(recipe, "finetune", finetune)
     monkeypatch.setattr(recipe, "dry_run", lambda config, console: calls.update(dry_run=config))
     return calls
 
@@ -108,6 +115,14 @@ def test_a_bare_resume_means_the_latest_and_a_path_means_that_one(seen: dict[str
     assert seen["finetune"].resume_from_checkpoint is True
     assert main(["finetune", *REQUIRED, "--resume_from_checkpoint", "runs/checkpoint-3"]) == 0
     assert seen["finetune"].resume_from_checkpoint == "runs/checkpoint-3"
+
+
+def test_it_says_what_came_of_a_run(seen: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", *REQUIRED]) == 0
+    shown = "runs/[1]: the adapter after 9 of 10 steps; loss 0.5000, 0.2500 on held-out rows; 1,234 tokens/s, at most "
+    assert capsys.readouterr().out == shown + "1.00 GiB\n"
+    seen["interrupted"] = True
+    assert main(["finetune", *REQUIRED]) == EXIT_INTERRUPTED
 
 
 def test_a_file_and_flags(seen: dict[str, Any], tmp_path: Path) -> None:
