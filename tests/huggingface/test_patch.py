@@ -17,7 +17,7 @@ from models import ARCHITECTURES, VOCABULARY_SIZE, build_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),  # PEFT finds Conv1D and says so
-    pytest.mark.filterwarnings("ignore:The following rank_pattern keys"),  # and what it prepares for experts
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),  # and what it prepares for experts
 ]
 Result = dict[str, Tensor]
 
