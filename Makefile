@@ -25,7 +25,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.hpp')
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
-.PHONY: always help setup model demo test check format peers lock clean
+.PHONY: always help setup model demo test bench check format peers lock clean
 
 help:  ## Show this list
 	@printf 'make TARGET, where TARGET is one of\n\n'
@@ -101,6 +101,10 @@ test: setup model  ## Run every test; builds .peers first, to compare bytes with
 	    printf 'warning: %s could not be made; the tests against bitsandbytes will be skipped\n' $(PEERS) >&2
 	$(RUN) -m pytest
 
+# make bench WORKLOADS=A,E REPEATS=5 measures some of it; BENCH=--smoke tries the harness on tiny shapes.
+bench: setup peers $(PEERS)/.plot  ## Measure halfbyte beside the usual stack: docs/benchmarks.md; some 45 minutes
+	$(RUN) -m benchmarks $(if $(WORKLOADS),--workloads $(WORKLOADS)) $(if $(REPEATS),--repeats $(REPEATS)) $(BENCH)
+
 check: setup  ## Lint, check formatting, types, and which module may import which
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -122,6 +126,11 @@ $(PEERS)/.packages: Makefile | $(VENV)/.created
 	$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check $(TORCH)
 	$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check bitsandbytes==0.50.2 peft==0.21.2 \
 	    trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 gguf==0.19.0 tensorboard==2.21.0 psutil==7.2.2
+	@touch $@
+
+# The picture of `make bench` is drawn by the peers' interpreter: halfbyte's environment holds what halfbyte needs.
+$(PEERS)/.plot: benchmarks/requirements.txt $(PEERS)/.packages
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
 $(PEERS)/.model: $(PEERS)/.packages $(MODEL)
