@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 WRITING = ".writing"  # the suffix of what is not finished
+REPLACED = ".replaced"  # and of what is in the way of what is
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by the JSON of `value`, at once."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by a text, at once."""
     aside = path.with_name(path.name + WRITING)
     with aside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
@@ -33,10 +38,13 @@ def directory_written_aside(directory: Path) -> Iterator[Path]:
         for file in aside.iterdir():
             _sync(file)
         _sync(aside)
+        replaced = directory.with_name(directory.name + REPLACED)
+        shutil.rmtree(replaced, ignore_errors=True)
         if directory.exists():
-            shutil.rmtree(directory)
+            directory.rename(replaced)  # removed only when the new one has the name
         aside.rename(directory)
         _sync(directory.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

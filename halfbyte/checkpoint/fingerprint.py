@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from halfbyte.nn import Linear4bit
@@ -10,15 +11,20 @@ from halfbyte.quant import to_keys
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 of every 4-bit weight of the model, codes and constants, in the order of their names.
+    """SHA-256 of the base's weights, in the order of their names: 4-bit codes and constants, and what is not in 4 bits.
 
-    The names themselves do not enter, so a base hashes the same with an adapter around it as without.
+    Neither the names nor an adapter's tensors enter, so a base hashes the same with an adapter around it as without.
     """
     digest = hashlib.sha256()
-    layers = [(name.replace("base_layer", ""), module) for name, module in model.named_modules()]
-    for _, layer in sorted((item for item in layers if isinstance(item[1], Linear4bit)), key=lambda item: item[0]):
-        for tensor in (layer.weight, *to_keys(layer.quantized).values()):
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
+    modules = [(name.replace(".base_layer", ""), module) for name, module in model.named_modules()]
+    for name, module in sorted(modules, key=lambda item: item[0]):
+        if "lora_" in name:
+            continue
+        tensors = list(module.parameters(recurse=False))
+        if isinstance(module, Linear4bit):
+            tensors += to_keys(module.quantized).values()
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -31,7 +31,7 @@ def check_output_dir(directory: Path, *, resume: bool = False, overwrite: bool =
             )
     elif resume:
         raise HalfbyteError(f"output_dir {directory} holds no run to resume; leave resume_from_checkpoint out.")
-    _check_writable(directory)
+    check_writable(directory, "output_dir")
 
 
 def is_run(directory: Path) -> bool:
@@ -49,10 +49,12 @@ def clear_run(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
 
 
-def _check_writable(directory: Path) -> None:
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+def check_writable(path: Path, key: str) -> None:
+    """Raises HalfbyteError, naming the configuration's `key`, if a file or directory cannot be made at `path`."""
+    parents = path.absolute().parents
+    existing = next(place for place in (parents if path.is_file() else (path, *parents)) if place.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise HalfbyteError(f"output_dir {directory} cannot be written ({error.strerror}); name another.") from error
+        raise HalfbyteError(f"{key} {path} cannot be written ({error.strerror}); name another.") from error

@@ -13,6 +13,7 @@ has state of its own. A checkpoint is written aside and renamed: it is there who
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from halfbyte.checkpoint.adapter import save_adapter
+from halfbyte.checkpoint.adapter import adapter_tensors, save_adapter
 from halfbyte.checkpoint.files import directory_written_aside, write_json
 from halfbyte.errors import HalfbyteError
 from halfbyte.optim import AdamW
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -37,7 +39,10 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int | None,
 ) -> Path:
-    """Write `checkpoint-STEP`, then remove the oldest beyond `keep`.  `state` is the caller's, JSON-able."""
+    """Write `checkpoint-STEP`, then remove the oldest beyond `keep`.  `state` is the caller's, JSON-able.
+
+    Checkpoints of later steps, from before a resumption at an earlier one, are left until they are written again.
+    """
     directory = run_directory / f"checkpoint-{step}"
     with directory_written_aside(directory) as aside:
         save_adapter(model, aside)
@@ -45,7 +50,8 @@ def save_checkpoint(
         save_file(_random_states(), aside / "random.safetensors")
         write_json(aside / "state.json", {"step": step, **state})
     if keep is not None:
-        for old in list_checkpoints(run_directory)[:-keep]:
+        past = list_checkpoints(run_directory)
+        for old in past[: past.index(directory) + 1][:-keep]:
             shutil.rmtree(old)
     return directory
 
@@ -77,10 +83,13 @@ def find_checkpoint(run_directory: Path, resume_from: bool | str) -> Path:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON that `save_checkpoint` was given, and `step`.  Raises HalfbyteError if it cannot be read."""
+    file = checkpoint / "state.json"
     try:
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HalfbyteError(f"{checkpoint}/state.json cannot be read ({error}); resume from another.") from error
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise HalfbyteError(f"{file} cannot be read ({error}); resume from another checkpoint.") from error
+    if not (isinstance(state, dict) and type(state.get("step")) is int and isinstance(state.get("config"), dict)):
+        raise HalfbyteError(f"{file} is not the state of a run of halfbyte's; resume from another checkpoint.")
     return state
 
 
@@ -88,20 +97,18 @@ def restore_checkpoint(checkpoint: Path, model: PeftModel, optimizer: AdamW) -> 
     """Set the adapter, the optimizer's state and the random states to the checkpoint's.
 
     Raises:
-        HalfbyteError: a file is missing or broken, or does not fit the model.
+        HalfbyteError: a file is missing or broken, or does not fit the model; then nothing was set.
     """
     step = read_state(checkpoint)["step"]
-    adapter = _load(checkpoint / "adapter_model.safetensors")
-    result = set_peft_model_state_dict(model, adapter)
-    if result.unexpected_keys:
-        raise HalfbyteError(f"{checkpoint}: the adapter does not fit the model ({result.unexpected_keys[0]}).")
-    moments = _load(checkpoint / "optimizer.safetensors")
-    for name, parameter in _trainable(model):
-        if f"exp_avg.{name}" not in moments:
-            raise HalfbyteError(f"{checkpoint}/optimizer.safetensors lacks exp_avg.{name}; resume from another.")
-        state = {key: moments[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+    trainable = _trainable(model)
+    moments = {f"{key}.{name}": parameter for name, parameter in trainable for key in _MOMENTS}
+    adapter = _load(checkpoint / "adapter_model.safetensors", adapter_tensors(model))
+    saved = _load(checkpoint / "optimizer.safetensors", moments)
+    random = _load(checkpoint / "random.safetensors", _random_states())
+    set_peft_model_state_dict(model, adapter)
+    for name, parameter in trainable:
+        state = {key: saved[f"{key}.{name}"].to(parameter.device) for key in _MOMENTS}
         optimizer.state[parameter] = {"step": step, **state}
-    random = _load(checkpoint / "random.safetensors")
     torch.set_rng_state(random["cpu"])
     for index in range(torch.cuda.device_count()):
         torch.cuda.set_rng_state(random[f"cuda.{index}"], index)
@@ -113,9 +120,7 @@ def _trainable(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:
 
 def _optimizer_tensors(model: PeftModel, optimizer: AdamW) -> dict[str, torch.Tensor]:
     return {
-        f"{key}.{name}": optimizer.state[parameter][key]
-        for name, parameter in _trainable(model)
-        for key in ("exp_avg", "exp_avg_sq")
+        f"{key}.{name}": optimizer.state[parameter][key] for name, parameter in _trainable(model) for key in _MOMENTS
     }
 
 
@@ -124,9 +129,15 @@ def _random_states() -> dict[str, torch.Tensor]:
     return {"cpu": torch.get_rng_state(), **states}
 
 
-def _load(file: Path) -> dict[str, torch.Tensor]:
+def _load(file: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A file's tensors, which are those expected, in shape and dtype."""
     try:
         tensors: dict[str, torch.Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:
         raise HalfbyteError(f"{file} cannot be read ({error}); resume from another checkpoint.") from error
+    for name in sorted(tensors.keys() ^ expected.keys()):
+        raise HalfbyteError(f"{file} does not fit this run: {name} is in one of them only.")
+    for name, tensor in tensors.items():
+        if (tensor.shape, tensor.dtype) != (expected[name].shape, expected[name].dtype):
+            raise HalfbyteError(f"{file} does not fit this run: {name} is {tuple(tensor.shape)} of {tensor.dtype}.")
     return tensors

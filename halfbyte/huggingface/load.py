@@ -88,6 +88,7 @@ def load_model(
 def load_tokenizer(source: Source | str) -> PreTrainedTokenizerBase:
     """The model's own tokenizer.  Raises HalfbyteError where there is none."""
     source = locate(source) if isinstance(source, str) else source
+    read_config(source)  # transformers looks there too, and would blame the tokenizer for what is wrong in it
     kwargs = {"gguf_file": source.gguf_file.name} if source.gguf_file else {}
     try:
         return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **kwargs)

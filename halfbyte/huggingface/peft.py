@@ -123,15 +123,8 @@ def load_adapter(model: PreTrainedModel, directory: Path | str, is_trainable: bo
         HalfbyteError: the directory holds no adapter, or one that does not fit the model.
     """
     directory = Path(directory)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (directory / name).is_file():
-            raise HalfbyteError(f"{directory} holds no {name}, so it is not a saved adapter.")
+    config = read_adapter_config(directory)
     try:
-        config = LoraConfig.from_pretrained(str(directory))
-        if not isinstance(config, LoraConfig):
-            raise HalfbyteError(
-                f"{directory}/adapter_config.json: {config.peft_type} is not LoRA, which alone is read."
-            )
         _register(config)
         with _quiet_peft():
             adapted = PeftModel.from_pretrained(model, str(directory), config=config, is_trainable=is_trainable)
@@ -145,6 +138,21 @@ def load_adapter(model: PreTrainedModel, directory: Path | str, is_trainable: bo
         if not tensor.isfinite().all():
             raise HalfbyteError(f"{directory}: the adapter's {name} holds a NaN or an infinity.")
     return adapted
+
+
+def read_adapter_config(directory: Path | str) -> LoraConfig:
+    """A saved adapter's configuration, before any model is loaded.  Raises HalfbyteError if it is not LoRA's."""
+    directory = Path(directory)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (directory / name).is_file():
+            raise HalfbyteError(f"{directory} holds no {name}, so it is not a saved adapter.")
+    try:
+        config = LoraConfig.from_pretrained(str(directory))
+    except Exception as error:  # PEFT raises what json, its own classes and the hub's client raise
+        raise HalfbyteError(f"{directory}/adapter_config.json cannot be read: {reason(error)}.") from error
+    if not isinstance(config, LoraConfig):
+        raise HalfbyteError(f"{directory}/adapter_config.json: {config.peft_type} is not LoRA, which alone is read.")
+    return config
 
 
 def _register(config: LoraConfig) -> None:

@@ -41,9 +41,14 @@ def locate(model_name_or_path: str) -> Source:
     if path.is_file():
         if path.suffix != ".gguf":
             raise HalfbyteError(f"{path} is a file but not a .gguf; name the model's directory instead.")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise HalfbyteError(f"{path} is not a GGUF file, whatever its name says; fetch it again.")
         return Source(model_name_or_path, path.parent, path)
     if not path.is_dir():
-        if path.is_absolute() or path.suffix == ".gguf" or model_name_or_path.count("/") != 1:
+        # A folder that is there, and a name in it that is not, is a slip of the pen and no hub id.
+        is_hub_id = model_name_or_path.count("/") == 1 and not path.parent.is_dir()
+        if path.is_absolute() or path.suffix == ".gguf" or not is_hub_id:
             raise HalfbyteError(f"There is no model at {path}; give a directory, a .gguf file or a hub id.")
         path = _download(model_name_or_path)
     if not (path / "config.json").is_file():
@@ -69,6 +74,8 @@ def read_config(source: Source) -> PreTrainedConfig:
         HalfbyteError: unreadable, of an unknown architecture, or not a causal language model's.
     """
     where = source.gguf_file or source.directory / "config.json"
+    if not source.gguf_file:
+        _check_config_file(where)
     try:
         if source.gguf_file:
             config = AutoConfig.from_pretrained(source.directory, gguf_file=source.gguf_file.name)
@@ -80,6 +87,15 @@ def read_config(source: Source) -> PreTrainedConfig:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise HalfbyteError(f"{where}: model_type {config.model_type!r} is not a causal language model.")
     return config
+
+
+def _check_config_file(file: Path) -> None:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HalfbyteError(f"{file} cannot be read as JSON ({error}); fetch it again.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise HalfbyteError(f"{file} names no model_type, so it is not a model's configuration.")
 
 
 def reason(error: BaseException) -> str:

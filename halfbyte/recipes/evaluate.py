@@ -13,11 +13,12 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.files import write_json
+from halfbyte.checkpoint.output import check_writable
 from halfbyte.config import EvaluateConfig
 from halfbyte.data import Row, encode_rows, read_rows, render_alpaca_prompt, render_chat
 from halfbyte.huggingface import load_model, load_tokenizer
 from halfbyte.huggingface.generate import generate_texts
-from halfbyte.huggingface.peft import load_adapter
+from halfbyte.huggingface.peft import load_adapter, read_adapter_config
 from halfbyte.recipes.training import evaluate_loss, evaluation_batches
 
 
@@ -51,6 +52,10 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Evaluati
         HalfbyteError: whatever the readers, `load_model` and `load_adapter` refuse.
     """
     console = console or Console(stderr=True)
+    if config.adapter is not None:
+        read_adapter_config(config.adapter)
+    if config.output is not None:
+        check_writable(Path(config.output), "output")
     tokenizer = load_tokenizer(config.model_name_or_path)
     rows = read_rows(config.dataset, config.dataset_format)[: config.limit]
     examples, _ = encode_rows(tokenizer, rows, config.max_length)

@@ -93,9 +93,12 @@ def dry_run(config: FinetuneConfig, console: Console) -> None:
     check_inputs(config)
     tokenizer = load_tokenizer(config.model_name_or_path)
     train, _ = read_data(config, tokenizer, console)
-    console.print("\nthe first example; what is learned is [green]green[/green]:\n")
+    # Where there are no colours, brackets tell the two apart.
+    told_by = "green" if console.color_system else "in ⟦brackets⟧"
+    console.print(f"\nthe first example; what is learned is {told_by}:\n", highlight=False)
     for text, learned in preview(tokenizer, train[0]):
-        console.print(text, style="green" if learned else "dim", end="", markup=False, highlight=False)
+        shown = f"⟦{text}⟧" if learned and not console.color_system else text
+        console.print(shown, style="green" if learned else "dim", end="", markup=False, highlight=False)
     console.print()
 
 

@@ -7,7 +7,7 @@ import torch
 from halfbyte.data import render_chat
 from halfbyte.huggingface import load_model
 from halfbyte.huggingface.generate import generate_texts
-from halfbyte.huggingface.peft import load_adapter
+from halfbyte.huggingface.peft import load_adapter, read_adapter_config
 
 
 def generate(
@@ -31,6 +31,8 @@ def generate(
     Raises:
         HalfbyteError: whatever `load_model` and `load_adapter` refuse.
     """
+    if adapter is not None:
+        read_adapter_config(adapter)  # before the model is loaded, which takes its time
     model, tokenizer = load_model(
         model_name_or_path, quant_type, block_size, double_quant, getattr(torch, compute_dtype)
     )

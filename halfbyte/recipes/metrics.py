@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
+from halfbyte.checkpoint.files import write_text
 from halfbyte.errors import HalfbyteError
 
 METRICS_FILE = "metrics.jsonl"
@@ -40,6 +42,7 @@ class Metrics:
 
 def check_trackers(report_to: list[str]) -> None:
     """Raises HalfbyteError for a tracker whose package is not installed."""
+    PartialState()  # accelerate's logger asks for it
     available = {str(name) for name in filter_trackers(list(report_to), ".")}
     for name in report_to:
         if name not in available:
@@ -51,7 +54,7 @@ def forget_after(directory: Path, step: int) -> None:
     path = directory / METRICS_FILE
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _step(line: str) -> float:
