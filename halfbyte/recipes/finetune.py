@@ -10,12 +10,19 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.adapter import save_adapter
 from halfbyte.checkpoint.fingerprint import weights_sha256
 from halfbyte.checkpoint.output import check_output_dir, clear_run
-from halfbyte.checkpoint.resume import find_checkpoint, read_state, restore_checkpoint, save_checkpoint
+from halfbyte.checkpoint.resume import (
+    find_checkpoint,
+    list_checkpoints,
+    read_state,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from halfbyte.config import FinetuneConfig
 from halfbyte.data import Batch, Example, encode_rows, fingerprint, pack, preview, read_rows, training_steps
 from halfbyte.errors import HalfbyteError
@@ -27,8 +34,11 @@ from halfbyte.recipes.metrics import Metrics, check_trackers, forget_after
 from halfbyte.recipes.provenance import peak_resident_bytes, write_run_file
 from halfbyte.recipes.training import evaluate_loss, evaluation_batches, train_step
 
-# What may differ between a run and its continuation: nothing here changes a number of the training.
+# What may differ between a run and its continuation: nothing here changes a number of the training. Where the model
+# and the data lie may change; that they are the same is told by their fingerprints.
 _FREE_TO_CHANGE = {
+    "model_name_or_path",
+    "dataset",
     "output_dir",
     "overwrite_output_dir",
     "resume_from_checkpoint",
@@ -104,11 +114,19 @@ def dry_run(config: FinetuneConfig, console: Console) -> None:
 
 def check_inputs(config: FinetuneConfig) -> None:
     """Everything that can be found wrong in a blink, before a model is looked for."""
+    output_dir = Path(config.output_dir)
     resume = bool(config.resume_from_checkpoint)
-    check_output_dir(Path(config.output_dir), resume=resume, overwrite=config.overwrite_output_dir)
-    check_trackers(config.report_to)
     if resume:
-        read_state(find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint))
+        checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+        read_state(checkpoint)
+        # The checkpoint of another run may be gone on from in a new directory.
+        resume = config.resume_from_checkpoint is True or output_dir.resolve() in checkpoint.resolve().parents
+    check_output_dir(output_dir, resume=resume, overwrite=config.overwrite_output_dir)
+    for key in ("model_name_or_path", "dataset", "eval_dataset") if config.overwrite_output_dir else ():
+        path = getattr(config, key)
+        if path is not None and output_dir.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise HalfbyteError(f"{key} {path} is in output_dir, which overwrite_output_dir would remove; move it.")
+    check_trackers(config.report_to)
 
 
 def read_data(
@@ -162,21 +180,41 @@ class Run:
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.base_sha256 = weights_sha256(self.model)
+        self.data_sha256 = fingerprint(self.train)
 
     def execute(self) -> RunResult:
-        first_step = self._begin()
+        """Train, from the start or from a checkpoint, and save.
+
+        Raises:
+            HalfbyteError: the checkpoint is another run's, the gradient is not finite, the disk is full.
+        """
+        try:
+            return self._execute()
+        except (OSError, SafetensorError) as error:
+            checkpoints = list_checkpoints(self.directory)
+            way_out = (
+                f"go on from {checkpoints[-1].name} with --resume_from_checkpoint true"
+                if checkpoints
+                else "run it again"
+            )
+            raise HalfbyteError(
+                f"output_dir {self.directory} cannot be written ({error}); make room there and {way_out}."
+            ) from error
+
+    def _execute(self) -> RunResult:
+        last = self._begin()
         write_run_file(self.directory, self.config, self.base_sha256, None)
         self.tokenizer.save_pretrained(self.directory)
         metrics = Metrics(self.directory, self.config.report_to, self.config.to_dict())
         started = time.perf_counter()
         try:
-            last = self._train(first_step, metrics)
+            self._train(last, metrics)
         finally:
             metrics.close()
         seconds = time.perf_counter() - started
         save_adapter(self.model, self.directory)
         if weights_sha256(self.model) != self.base_sha256:
-            raise RuntimeError("the frozen 4-bit weights have changed during training")
+            raise RuntimeError("the frozen weights have changed during training")
         result = RunResult(
             output_dir=str(self.directory),
             steps=last["step"],
@@ -192,19 +230,27 @@ class Run:
         write_run_file(self.directory, self.config, self.base_sha256, vars(result))
         return result
 
-    def _begin(self) -> int:
-        """Clear the directory, or restore a checkpoint; the number of steps that are done."""
+    def _begin(self) -> dict[str, Any]:
+        """Clear the directory, or restore a checkpoint; what is known of the last step that is done."""
         config = self.config
+        last: dict[str, Any] = {"step": 0, "loss": math.nan, "eval_loss": None, "tokens": 0}
         if not config.resume_from_checkpoint:
             clear_run(self.directory)
-            return 0
+            return last
         checkpoint = find_checkpoint(self.directory, config.resume_from_checkpoint)
         state = read_state(checkpoint)
         self._check_same_run(checkpoint, state)
         restore_checkpoint(checkpoint, self.model, self.optimizer)
         forget_after(self.directory, state["step"])
         self.console.print(f"resuming {checkpoint} at step {state['step']}", highlight=False)
-        return int(state["step"])
+        if state.get("threads") != torch.get_num_threads():
+            self.console.print(
+                f"  note: it was made with {state.get('threads')} threads, and this is run with"
+                f" {torch.get_num_threads()}: the last bits of the result may differ",
+                style="yellow",
+                highlight=False,
+            )
+        return last | {key: state.get(key, last[key]) for key in ("step", "loss", "eval_loss")}
 
     def _check_same_run(self, checkpoint: Path, state: dict[str, Any]) -> None:
         now = self._state()
@@ -216,20 +262,20 @@ class Run:
                     " a run is resumed with its own settings."
                 )
         for key, what in (("base_sha256", "base model"), ("data_sha256", "training data")):
-            if state[key] != now[key]:
+            if state.get(key) != now[key]:
                 raise HalfbyteError(f"{checkpoint} was trained on another {what} than this one; start a new run.")
 
     def _state(self) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
             "base_sha256": self.base_sha256,
-            "data_sha256": fingerprint(self.train),
+            "data_sha256": self.data_sha256,
             "threads": torch.get_num_threads(),
         }
 
-    def _train(self, first_step: int, metrics: Metrics) -> dict[str, Any]:
-        config = self.config
-        last: dict[str, Any] = {"step": first_step, "loss": math.nan, "eval_loss": None, "tokens": 0}
+    def _train(self, last: dict[str, Any], metrics: Metrics) -> None:
+        """Take the steps that are left; `last` is kept up to date."""
+        config, first_step = self.config, last["step"]
         with heard_at_step_end() as interrupt, Display(self.console, self.total_steps, first_step) as display:
             for step, micro_batches in self._micro_batches(first_step):
                 values = self._one_step(step, micro_batches)
@@ -248,13 +294,12 @@ class Run:
                         done,
                         self.model,
                         self.optimizer,
-                        self._state(),
+                        {**self._state(), "loss": last["loss"], "eval_loss": last["eval_loss"]},
                         config.save_total_limit,
                     )
                 if interrupt:
                     display.say(f"interrupted; go on from {checkpoint} with --resume_from_checkpoint true")
                     break
-        return last
 
     def _one_step(self, step: int, micro_batches: list[Batch]) -> dict[str, float | int]:
         config = self.config
