@@ -40,7 +40,9 @@ def alternate(ours: Callable[[], object], theirs: Callable[[], object], seconds:
     return times
 
 
-def measure(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype, seconds: float) -> None:
+def measure(
+    batch: int, heads: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype, seconds: float
+) -> None:
     def rows(count: int) -> Tensor:
         return torch.randn(batch, length, count, head_dim).to(dtype).transpose(1, 2)
 

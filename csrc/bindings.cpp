@@ -237,10 +237,8 @@ NB_MODULE(_C, m) {
     m.doc() = "halfbyte's CPU kernels. Addresses and sizes in; nothing is checked here.";
     m.def("implementations", &halfbyte::implementations, "[(name, runs on this machine, needs)], best first");
     m.def("select", &halfbyte::select, "name"_a, "Use the named implementation; False if it cannot run here");
-    m.def(
-        "selected", [] { return halfbyte::selected.load()->name; }, "Name of the implementation in use");
-    m.def(
-        "executed", [] { return halfbyte::executed.load(); }, "Name of the one that ran last, or None");
+    m.def("selected", [] { return halfbyte::selected.load()->name; }, "Name of the implementation in use");
+    m.def("executed", [] { return halfbyte::executed.load(); }, "Name of the one that ran last, or None");
 
     m.def("quantize_4bit", &halfbyte::quantize_4bit, unlocked());
     m.def("dequantize_4bit", &halfbyte::dequantize_4bit, unlocked());

@@ -224,7 +224,7 @@ HALFBYTE_INLINE void lay_lanes(const Word* rows, int64_t words, Word* to) {
                 const Word* from = rows + column * words + word;
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * words);
-                    // Four rounds: neighbours, pairs, then quarters of the registers.
+            // Four rounds: neighbours, pairs, then quarters of the registers.
 #pragma GCC unroll 8
                 for (int i = 0; i < 16; i += 2) {
                     t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);

@@ -69,7 +69,8 @@ def halfbyte_attention(
         mask = _additive_mask(query, key, attention_mask, _is_causal(module, kwargs))
         if softcap is not None:
             common["softcap"] = softcap
-        return eager(module, query, key, value, mask, **common)
+        attended: tuple[Tensor, Tensor | None] = eager(module, query, key, value, mask, **common)
+        return attended
     _calls[f"sdpa: {for_sdpa}"] += 1
     mask = _bool_mask(query, key, attention_mask, _is_causal(module, kwargs))
     result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **common)
@@ -137,7 +138,7 @@ def _additive_mask(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool
 
 def eager_of(module: nn.Module) -> Callable[..., Any]:
     """The function that a model falls back to itself: every modeling file of transformers has one under this name."""
-    eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
     return eager
 
 

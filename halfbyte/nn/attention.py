@@ -54,5 +54,5 @@ def attention(
     Raises HalfbyteError for shapes or types that do not go together.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = _Attention.apply(q, k, v, segment_start, scale, window, softcap)
+    out: Tensor = _Attention.apply(q, k, v, segment_start, scale, window, softcap)  # type: ignore[no-untyped-call]
     return out

@@ -19,7 +19,7 @@ def attention(
 
 
 def by_group(x: Tensor, heads: int) -> Tensor:
-    """(batch, kv_heads, keys, head_dim) -> (batch, heads, keys, head_dim): each head beside the queries that share it."""
+    """(batch, kv_heads, keys, head_dim) -> (batch, heads, keys, head_dim): each head beside its queries."""
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 

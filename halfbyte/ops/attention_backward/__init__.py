@@ -64,7 +64,7 @@ def _run(
     return cast("_Gradients", result)
 
 
-def _fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> _Gradients:
+def _fake(_dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> _Gradients:
     def gradient_of(x: Tensor) -> Tensor:
         batch, heads, rows, head_dim = x.shape
         return x.new_empty((batch, rows, heads, head_dim)).transpose(1, 2)

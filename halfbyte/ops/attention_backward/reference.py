@@ -29,7 +29,8 @@ def attention_backward(
     dscores = (dscores * scale).to(q.dtype)
 
     def over_group(x: Tensor) -> Tensor:
-        return x.float().unflatten(1, (kv_heads, heads // kv_heads)).sum(2).to(x.dtype)
+        batch, _, *rest = x.shape
+        return x.float().reshape(batch, kv_heads, heads // kv_heads, *rest).sum(2).to(x.dtype)
 
     dq = dscores @ by_group(k, heads)
     dk = over_group(dscores.transpose(-1, -2) @ q)
