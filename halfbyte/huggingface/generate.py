@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from halfbyte.errors import HalfbyteError
+
 
 @torch.no_grad()
 def generate_texts(
@@ -19,12 +21,12 @@ def generate_texts(
     """What the model writes after each prompt, without special tokens; greedy at temperature 0.
 
     Args:
-        prompts: already rendered by a template, with its beginning-of-text token if it has one. Generated as
-            one batch, padded on the left.
+        prompts: already rendered by the tokenizer's chat template, if it has one. Generated as one batch, padded on
+            the left.
         stream: called with each piece of the text as it is written; for a single prompt.
     """
     model.eval()
-    encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     width = max(map(len, encoded))
     pad = _pad_token_id(tokenizer)
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded], device=model.device)
@@ -35,10 +37,22 @@ def generate_texts(
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
+        eos_token_id=_end_token_ids(model, tokenizer),
         streamer=_Streamer(tokenizer, stream) if stream else None,
         **(sampling if temperature else {**sampling, "temperature": None, "top_p": None, "top_k": None}),
     )
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in output[:, width:]]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    # A template writes the beginning-of-text token itself; without one the text begins as it does in training.
+    begins = [] if tokenizer.chat_template else tokenizer("")["input_ids"][:1]
+    if begins and begins == [tokenizer.bos_token_id]:
+        ids = begins + ids
+    if not ids:
+        raise HalfbyteError("The prompt is empty: there is nothing to go on from.")
+    return ids
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
@@ -54,3 +68,10 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     # Which id it is does not matter, since the attention mask hides it.
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)
+
+
+def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The model's own, and the tokenizer's, which an adapter on a base model has learned to end with."""
+    own = model.generation_config.eos_token_id
+    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    return sorted(ids) or None

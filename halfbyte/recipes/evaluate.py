@@ -99,14 +99,18 @@ def _answers(
         prompts, answers = zip(*(_prompt_and_answer(tokenizer, row) for row in batch), strict=True)
         texts = generate_texts(model, tokenizer, list(prompts), config.max_new_tokens)
         for row, answer, text in zip(batch, answers, texts, strict=True):
-            said = [message["content"] for message in row.messages if message["role"] != "assistant"]
-            yield Sample(said[-1], answer.strip(), text.strip())
+            yield Sample(row.messages[_last_answer(row) - 1]["content"], answer.strip(), text.strip())
 
 
 def _prompt_and_answer(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, str]:
     """What comes before the row's last answer, rendered as in training, and that answer."""
     if not tokenizer.chat_template and row.alpaca is not None:
         return render_alpaca_prompt(row.alpaca), row.alpaca.output
-    last = max(index for index, message in enumerate(row.messages) if message["role"] == "assistant")
+    last = _last_answer(row)
     prompt = render_chat(tokenizer, row.messages[:last], row.source, add_generation_prompt=True)
     return prompt, row.messages[last]["content"]
+
+
+def _last_answer(row: Row) -> int:
+    """Where in the row's messages it is; never the first, which no row begins with."""
+    return max(index for index, message in enumerate(row.messages) if message["role"] == "assistant")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from halfbyte.data import render_chat
+from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import load_model
 from halfbyte.huggingface.generate import generate_texts
 from halfbyte.huggingface.peft import load_adapter, read_adapter_config
@@ -29,7 +30,7 @@ def generate(
     """Answer a prompt in the model's own chat template, or go on with it where there is none; greedy at 0.
 
     Raises:
-        HalfbyteError: whatever `load_model` and `load_adapter` refuse.
+        HalfbyteError: whatever `load_model` and `load_adapter` refuse; a system message without a template.
     """
     if adapter is not None:
         read_adapter_config(adapter)  # before the model is loaded, which takes its time
@@ -42,6 +43,10 @@ def generate(
     if tokenizer.chat_template:
         messages.append({"role": "user", "content": prompt})
         prompt = render_chat(tokenizer, messages, "the prompt", add_generation_prompt=True)
+    elif system:
+        raise HalfbyteError(
+            f"{model_name_or_path} has no chat template, so no place for a system message; leave it out."
+        )
     torch.manual_seed(seed)
     (answer,) = generate_texts(model, tokenizer, [prompt], max_new_tokens, temperature, top_p, stream)
     return answer

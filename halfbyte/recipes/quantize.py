@@ -42,6 +42,8 @@ def quantize(
     target = Path(output_dir)
     if quant_type == "none":
         raise HalfbyteError("quant_type none is not a 4-bit type; use nf4, fp4 or int4.")
+    if target.resolve() == Path(model_name_or_path).resolve():
+        raise HalfbyteError(f"output_dir {target} is the model itself, which would be replaced; name another.")
     if target.is_file():
         raise HalfbyteError(f"output_dir {target} is a file; name a directory.")
     if target.is_dir() and any(target.iterdir()):
