@@ -154,7 +154,8 @@ def main() -> None:
         *optimizer_pairs(),
     ]
     print(
-        f"{options.threads} threads, bfloat16, milliseconds\n\n| what | halfbyte | torch | times |\n| --- | --- | --- | --- |"
+        f"{options.threads} threads, bfloat16, milliseconds\n\n"
+        "| what | halfbyte | torch | times |\n| --- | --- | --- | --- |"
     )
     for name, ours, theirs in everything:
         mine, other = compare(ours, theirs, options.seconds)
