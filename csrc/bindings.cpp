@@ -170,7 +170,7 @@ void matmul_4bit(uintptr_t x, int64_t x_stride, int dtype, int64_t rows, uintptr
                  uintptr_t absmax_codes, uintptr_t nested_absmax, uintptr_t nested_codebook,
                  float nested_offset, uintptr_t codebook, int64_t block_size, int64_t out_features,
                  int64_t in_features, bool transposed, uintptr_t left, int64_t left_stride, uintptr_t right,
-                 int64_t rank, uintptr_t y, int threads) {
+                 int64_t rank, uint64_t seed, uint32_t threshold, uintptr_t y, int threads) {
     const Weight4bit weight = {at<const uint8_t>(packed),
                                at<const float>(absmax),
                                at<const uint8_t>(absmax_codes),
@@ -181,10 +181,38 @@ void matmul_4bit(uintptr_t x, int64_t x_stride, int dtype, int64_t rows, uintptr
                                block_size,
                                out_features,
                                in_features};
-    begin_call().matmul_4bit(
-        {at<const void>(x), x_stride, static_cast<DType>(dtype), rows, weight, transposed,
-         at<const void>(left), left_stride, at<const void>(right), rank, at<void>(y)},
-        threads);
+    begin_call().matmul_4bit({at<const void>(x),
+                              x_stride,
+                              static_cast<DType>(dtype),
+                              rows,
+                              weight,
+                              transposed,
+                              at<const void>(left),
+                              left_stride,
+                              at<const void>(right),
+                              rank,
+                              {seed, threshold},
+                              at<void>(y)},
+                             threads);
+}
+
+void matmul_low_rank(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, int dtype, int64_t rows,
+                     int64_t depth, int64_t columns, bool transposed, float scale, uint64_t seed,
+                     uint32_t threshold, uintptr_t y, bool y_float32, int threads) {
+    begin_call().matmul_low_rank({at<const void>(x),
+                                  x_stride,
+                                  at<const void>(w),
+                                  w_stride,
+                                  static_cast<DType>(dtype),
+                                  rows,
+                                  depth,
+                                  columns,
+                                  transposed,
+                                  scale,
+                                  {seed, threshold},
+                                  at<void>(y),
+                                  y_float32},
+                                 threads);
 }
 
 using Shape = std::array<int64_t, 6>;  // the members of AttentionShape, in order
@@ -252,6 +280,7 @@ NB_MODULE(_C, m) {
     m.def("gated_backward", &halfbyte::gated_backward, unlocked());
     m.def("adamw_step", &halfbyte::adamw_step, unlocked());
     m.def("matmul_4bit", &halfbyte::matmul_4bit, unlocked());
+    m.def("matmul_low_rank", &halfbyte::matmul_low_rank, unlocked());
     m.def("attention", &halfbyte::attention, unlocked());
     m.def("attention_backward", &halfbyte::attention_backward, unlocked());
     m.def("attention_workspace_bytes", &halfbyte::attention_workspace_bytes);

@@ -2,6 +2,8 @@
 // hold.
 #pragma once
 
+#include "matmul_low_rank.hpp"
+
 namespace halfbyte {
 
 // A weight of `out_features` rows and `in_features` columns in row-major blocks of `block_size` (a power of
@@ -40,7 +42,9 @@ struct Matmul4bit {
     const void* left;  // (rows, rank)
     int64_t left_stride;
     const void* right;
-    int64_t rank;  // 0: no low-rank term
+    int64_t rank;     // 0: no low-rank term
+    Dropout dropout;  // of the product of left and right, as a matrix of the shape of y; not for a few rows
+                      // forward
     void* y;
 };
 

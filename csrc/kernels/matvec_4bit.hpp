@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t matvec_rows = 8;
 
 HALFBYTE_INLINE bool is_matvec(const Matmul4bit& call) {
-    return call.rows <= matvec_rows && !call.transposed && call.weight.in_features % chunk == 0;
+    return call.rows <= matvec_rows && !call.transposed && call.dropout.threshold == 0 &&
+           call.weight.in_features % chunk == 0;
 }
 
 template <class T>

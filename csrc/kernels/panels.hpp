@@ -7,6 +7,7 @@
 
 #include "../simd/isa.hpp"
 #include "blocks.hpp"
+#include "dropout.hpp"
 #include "tiles.hpp"
 
 namespace halfbyte::HALFBYTE_ISA {
@@ -67,23 +68,25 @@ class QuantizedRows {
     Table16<T> table_;
 };
 
-// A dense matrix.
+// A dense matrix of `columns`, perhaps with some of its values dropped.
 template <class T>
 class DenseRows {
   public:
     using Value = T;
 
-    DenseRows(const void* values, int64_t columns)
-        : values_(static_cast<const T*>(values)), columns_(columns) {}
+    DenseRows(const void* values, int64_t stride, int64_t columns, Dropout dropout)
+        : values_(static_cast<const T*>(values)), stride_(stride), columns_(columns), dropout_(dropout) {}
 
     HALFBYTE_INLINE T* row(int64_t index, int64_t begin, int64_t count, T* buffer) const {
-        memcpy(buffer, values_ + index * columns_ + begin, static_cast<size_t>(count) * sizeof(T));
+        memcpy(buffer, values_ + index * stride_ + begin, static_cast<size_t>(count) * sizeof(T));
+        if (dropout_.threshold != 0) drop(buffer, index, begin, count, columns_, dropout_);
         return buffer;
     }
 
   private:
     const T* values_;
-    int64_t columns_;
+    int64_t stride_, columns_;
+    Dropout dropout_;
 };
 
 // Steps of a panel over `count` values of the sum, as it is laid out: the last ones may hold nothing.
@@ -93,20 +96,20 @@ HALFBYTE_INLINE int64_t padded_steps(int64_t count) {
 }
 
 // panel[k][c] = rows[first_column + c][begin + k]. Rows that there are not count as zeros.
-template <class P, class Matrix>
+template <class P, class S, class Matrix>
 void fill_across(Matrix& matrix, int64_t begin, int64_t count, int64_t first_column, int64_t columns,
                  typename P::Value* panel) {
     using T = typename Matrix::Value;
     constexpr int64_t vector_values = lanes * P::depth;
     alignas(64) T buffer[lanes * row_room];
     for (int64_t c = 0; c < columns;
-         c += tile_columns, panel += padded_steps<P>(count) * tile_columns * P::depth) {
-        for (int v = 0; v < tile_vectors; ++v) {
+         c += S::columns, panel += padded_steps<P>(count) * S::columns * P::depth) {
+        for (int v = 0; v < S::vectors; ++v) {
             for (int64_t k = 0; k < count; k += strip) {
                 const int64_t length = least(strip, count - k);
                 const T* rows[lanes];
                 for (int lane = 0; lane < lanes; ++lane) {
-                    const int64_t column = c + P::column(v, lane);
+                    const int64_t column = c + P::template column<S::vectors>(v, lane);
                     T* row = buffer + lane * row_room;
                     if (column < columns) {
                         row = matrix.row(first_column + column, begin + k, length, row);
@@ -120,9 +123,9 @@ void fill_across(Matrix& matrix, int64_t begin, int64_t count, int64_t first_col
                     typename P::Vector square[lanes];
                     for (int lane = 0; lane < lanes; ++lane) square[lane] = P::load(rows[lane] + i);
                     transpose(square);
-                    typename P::Value* out = panel + (k + i) * tile_columns + v * vector_values;
+                    typename P::Value* out = panel + (k + i) * S::columns + v * vector_values;
                     for (int step = 0; step < lanes; ++step)
-                        memcpy(out + step * tile_columns * P::depth, &square[step], sizeof square[step]);
+                        memcpy(out + step * S::columns * P::depth, &square[step], sizeof square[step]);
                 }
             }
         }
@@ -130,15 +133,15 @@ void fill_across(Matrix& matrix, int64_t begin, int64_t count, int64_t first_col
 }
 
 // panel[k][c] = rows[begin + k][first_column + c]. Columns and rows that there are not count as zeros.
-template <class P, class Matrix>
+template <class P, class S, class Matrix>
 void fill_along(Matrix& matrix, int64_t begin, int64_t count, int64_t first_column, int64_t columns,
                 typename P::Value* panel) {
     using T = typename Matrix::Value;
-    const int64_t tile_stride = padded_steps<P>(count) * tile_columns * P::depth;
+    const int64_t tile_stride = padded_steps<P>(count) * S::columns * P::depth;
     alignas(64) T buffer[P::depth * row_room];
-    for (int64_t k = 0; k < count; k += P::depth, panel += tile_columns * P::depth) {
+    for (int64_t k = 0; k < count; k += P::depth, panel += S::columns * P::depth) {
         for (int64_t c = 0; c < columns; c += strip) {
-            const int64_t length = least(strip, columns - c), padded = round_up(length, tile_columns);
+            const int64_t length = least(strip, columns - c), padded = round_up(length, S::columns);
             const T* rows[P::depth];
             for (int d = 0; d < P::depth; ++d) {
                 T* row = buffer + d * row_room;
@@ -151,9 +154,9 @@ void fill_along(Matrix& matrix, int64_t begin, int64_t count, int64_t first_colu
                     memset(static_cast<void*>(row + real), 0, static_cast<size_t>(padded - real) * sizeof(T));
                 rows[d] = row;
             }
-            for (int64_t i = 0; i < length; i += tile_columns) {
-                P::template interleave<tile_vectors>(rows, panel + (c + i) / tile_columns * tile_stride);
-                for (int d = 0; d < P::depth; ++d) rows[d] += tile_columns;
+            for (int64_t i = 0; i < length; i += S::columns) {
+                P::template interleave<S::vectors>(rows, panel + (c + i) / S::columns * tile_stride);
+                for (int d = 0; d < P::depth; ++d) rows[d] += S::columns;
             }
         }
     }

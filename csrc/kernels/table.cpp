@@ -21,6 +21,7 @@ const Kernels kernels = {
     gated_backward,
     adamw_step,
     matmul_4bit,
+    matmul_low_rank,
     attention,
     attention_backward,
     attention_workspace_bytes,

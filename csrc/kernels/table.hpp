@@ -17,6 +17,7 @@ void gated_forward(const GatedForward&, int threads);
 void gated_backward(const GatedBackward&, int threads);
 void adamw_step(const AdamWStep&, int threads);
 void matmul_4bit(const Matmul4bit&, int threads);
+void matmul_low_rank(const MatmulLowRank&, int threads);
 void attention(const Attention&, int threads);
 void attention_backward(const AttentionBackward&, int threads);
 int64_t attention_workspace_bytes(const AttentionShape&);

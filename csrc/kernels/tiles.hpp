@@ -15,7 +15,7 @@
 //   load, broadcast, multiply_add
 //   column(register, lane)      which column of a tile that lane is
 //   interleave(rows, out)       one step of a panel whose columns run along `depth` rows
-//   store_row(sums, y)          sums of one row of a tile, rounded, in the order of columns
+//   store_row(sums, y)          sums of one row of a tile, rounded to the type of y, in the order of columns
 #pragma once
 
 #include "../simd/isa.hpp"
@@ -27,10 +27,18 @@ namespace {
 // unrolled by the optimizer in its own time, it stays in memory and is written back at every step.
 #define HALFBYTE_UNROLL _Pragma("GCC unroll 16")
 
-constexpr int tile_rows = 6;
-constexpr int tile_vectors = registers == 32 ? 4 : 2;
-constexpr int tile_columns = tile_vectors * lanes;
-constexpr int tile_sums = tile_rows * tile_columns;
+template <int tile_rows, int tile_vectors>
+struct Shape {
+    static constexpr int rows = tile_rows;
+    static constexpr int vectors = tile_vectors;
+    static constexpr int columns = vectors * lanes;
+    static constexpr int sums = rows * columns;
+};
+using WideTile = Shape<6, registers == 32 ? 4 : 2>;
+// For products of few columns on registers of sixteen lanes, where a wide tile would mostly hold padding.
+using NarrowTile = Shape<8, 2>;
+using NarrowestTile = Shape<12, 1>;
+constexpr int most_tile_rows = 12;
 
 // float32 values, one in a lane. Rows of other types are widened as they are read.
 struct Singles {
@@ -48,7 +56,10 @@ struct Singles {
         return HALFBYTE_ISA::multiply_add(a, b, c);
     }
 
-    HALFBYTE_INLINE static int column(int vector, int lane) { return vector * lanes + lane; }
+    template <int>
+    HALFBYTE_INLINE static int column(int vector, int lane) {
+        return vector * lanes + lane;
+    }
 
     template <int vectors, class T>
     HALFBYTE_INLINE static void interleave(const T* const* rows, float* out) {
@@ -68,33 +79,33 @@ using Bf16Operand = Singles;
 
 // sums += a · panel over `steps` steps, or = where the sums are `fresh`. Rows of `a` are `stride` values
 // apart.
-template <class P, int rows>
+template <class P, class S, int rows>
 void multiply_tile(const typename P::Value* a, int64_t stride, const typename P::Value* panel, int64_t steps,
                    float* sums, bool fresh) {
-    F32 acc[rows][tile_vectors];
+    F32 acc[rows][S::vectors];
     HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
-        HALFBYTE_UNROLL for (int v = 0; v < tile_vectors; ++v) acc[i][v] = zero();
+        HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v) acc[i][v] = zero();
     }
     if (!fresh) {
         HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
-            HALFBYTE_UNROLL for (int v = 0; v < tile_vectors; ++v) acc[i][v] =
-                load(sums + (i * tile_vectors + v) * lanes);
+            HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v) acc[i][v] =
+                load(sums + (i * S::vectors + v) * lanes);
         }
     }
     for (int64_t step = 0; step < steps; ++step) {
-        typename P::Vector b[tile_vectors];
-        HALFBYTE_UNROLL for (int v = 0; v < tile_vectors; ++v) b[v] = P::load(panel + v * lanes * P::depth);
+        typename P::Vector b[S::vectors];
+        HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v) b[v] = P::load(panel + v * lanes * P::depth);
         HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
             const typename P::Vector left = P::broadcast(a + i * stride);
-            HALFBYTE_UNROLL for (int v = 0; v < tile_vectors; ++v) acc[i][v] =
+            HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v) acc[i][v] =
                 P::multiply_add(left, b[v], acc[i][v]);
         }
         a += P::depth;
-        panel += tile_columns * P::depth;
+        panel += S::columns * P::depth;
     }
     HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
-        HALFBYTE_UNROLL for (int v = 0; v < tile_vectors; ++v)
-            store(sums + (i * tile_vectors + v) * lanes, acc[i][v]);
+        HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v)
+            store(sums + (i * S::vectors + v) * lanes, acc[i][v]);
     }
 }
 
@@ -103,25 +114,27 @@ using MultiplyTile = void (*)(const typename P::Value*, int64_t, const typename 
                               bool);
 
 // By the number of rows, less one.
-template <class P>
-constexpr MultiplyTile<P> multiply_tiles[tile_rows] = {multiply_tile<P, 1>, multiply_tile<P, 2>,
-                                                       multiply_tile<P, 3>, multiply_tile<P, 4>,
-                                                       multiply_tile<P, 5>, multiply_tile<P, 6>};
+template <class P, class S, int rows>
+constexpr MultiplyTile<P> multiply_rows = multiply_tile < P,
+                          S, rows <= S::rows ? rows : S::rows > ;
+template <class P, class S>
+constexpr MultiplyTile<P> multiply_tiles[most_tile_rows] = {
+    multiply_rows<P, S, 1>, multiply_rows<P, S, 2>,  multiply_rows<P, S, 3>,  multiply_rows<P, S, 4>,
+    multiply_rows<P, S, 5>, multiply_rows<P, S, 6>,  multiply_rows<P, S, 7>,  multiply_rows<P, S, 8>,
+    multiply_rows<P, S, 9>, multiply_rows<P, S, 10>, multiply_rows<P, S, 11>, multiply_rows<P, S, 12>};
 
-// Rows of a tile, rounded to the type of `y`, whose rows are `stride` values apart; `columns` of the tile are
-// real.
-template <class P, class T>
-HALFBYTE_INLINE void store_tile(const float* sums, int64_t rows, int64_t columns, T* y, int64_t stride) {
-    for (int64_t i = 0; i < rows; ++i, sums += tile_columns, y += stride) {
-        F32 row[tile_vectors];
-        for (int v = 0; v < tile_vectors; ++v) row[v] = load(sums + v * lanes);
-        if (columns >= tile_columns) {
-            P::template store_row<tile_vectors>(row, y);
-        } else {
-            T whole[tile_columns];
-            P::template store_row<tile_vectors>(row, whole);
-            memcpy(y, whole, static_cast<size_t>(columns) * sizeof(T));
-        }
+// One row of a tile, times `scale`, rounded to the type of `y`; `columns` of the tile are real.
+template <class P, class S, class Y>
+HALFBYTE_INLINE void store_row(const float* sums, float scale, int64_t columns, Y* y) {
+    F32 row[S::vectors];
+    HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v) row[v] =
+        multiply(load(sums + v * lanes), broadcast(scale));
+    if (columns >= S::columns) {
+        P::template store_row<S::vectors>(row, y);
+    } else {
+        Y whole[S::columns];
+        P::template store_row<S::vectors>(row, whole);
+        memcpy(y, whole, static_cast<size_t>(columns) * sizeof(Y));
     }
 }
 

@@ -33,12 +33,21 @@ struct Pairs {
 
     // Registers take turns, the first the even columns of thirty-two and the second the odd ones: that is how
     // two rows of bf16 interleave into pairs with two operations a register, and sums interleave into a row.
+    // One register alone is in order.
+    template <int vectors>
     HALFBYTE_INLINE static int column(int vector, int lane) {
-        return vector / 2 * 32 + lane * 2 + vector % 2;
+        return vectors == 1 ? lane : vector / 2 * 32 + lane * 2 + vector % 2;
     }
 
     template <int vectors>
     HALFBYTE_INLINE static void interleave(const bf16* const* rows, bf16* out) {
+        if constexpr (vectors == 1) {
+            const auto words = [](const bf16* p) {
+                return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+            };
+            _mm512_storeu_si512(out, _mm512_or_si512(words(rows[0]), _mm512_slli_epi32(words(rows[1]), 16)));
+            return;
+        }
         const __m512i low_words = _mm512_set1_epi32(0xffff);
         for (int v = 0; v < vectors; v += 2) {
             const __m512i a = load(rows[0] + v * 16), b = load(rows[1] + v * 16);
@@ -51,6 +60,7 @@ struct Pairs {
 
     template <int vectors>
     HALFBYTE_INLINE static void store_row(const F32* sums, bf16* y) {
+        if constexpr (vectors == 1) return HALFBYTE_ISA::store(y, sums[0]);
         alignas(64) static const uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -58,6 +68,17 @@ struct Pairs {
         for (int v = 0; v < vectors; v += 2) {
             const __m512i rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(sums[v + 1], sums[v]));
             _mm512_storeu_si512(y + v * 16, _mm512_permutexvar_epi16(interleaved, rounded));
+        }
+    }
+    template <int vectors>
+    HALFBYTE_INLINE static void store_row(const F32* sums, float* y) {
+        if constexpr (vectors == 1) return HALFBYTE_ISA::store(y, sums[0]);
+        const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512i second =
+            _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        for (int v = 0; v < vectors; v += 2) {
+            HALFBYTE_ISA::store(y + v * 16, _mm512_permutex2var_ps(sums[v], first, sums[v + 1]));
+            HALFBYTE_ISA::store(y + v * 16 + 16, _mm512_permutex2var_ps(sums[v], second, sums[v + 1]));
         }
     }
 };

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.source import reason
-from halfbyte.nn import Linear4bit, lora_product
+from halfbyte.nn import Linear4bit, lora_linear
 from halfbyte.quant import QuantizedTensor, quantize_4bit
 
 # PEFT's initial values that do not look at the base weight.
@@ -54,14 +54,17 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
             return y
         base = self.get_base_layer()
         dropout = self.lora_dropout[adapter]
-        delta = lora_product(
+        y = lora_linear(
             x.to(base.compute_dtype),
+            base.quantized,
             self.lora_A[adapter].weight,
             self.lora_B[adapter].weight,
             self.scaling[adapter],
             getattr(dropout, "p", 0.0) if self.training else 0.0,
         )
-        return base(x) + delta.to(x.dtype)  # type: ignore[no-any-return]
+        if base.bias is not None:
+            y = y + base.bias.to(y.dtype)
+        return y.to(x.dtype)
 
     def _plain_adapter(self, kwargs: dict[str, Any]) -> str | None:
         """The adapter, where there is just one and it is plain LoRA; PEFT's own forward serves the rest."""

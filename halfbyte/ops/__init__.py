@@ -9,6 +9,7 @@ from halfbyte.ops._dispatch import (
     executed_implementation,
     forced_implementation,
 )
+from halfbyte.ops._dropout import Dropout
 from halfbyte.ops.adamw_step import adamw_step
 from halfbyte.ops.attention import attention
 from halfbyte.ops.attention_backward import attention_backward
@@ -18,6 +19,7 @@ from halfbyte.ops.gated import ACTIVATIONS, gated, gated_backward
 from halfbyte.ops.layer_norm import layer_norm, layer_norm_backward
 from halfbyte.ops.linear_cross_entropy import linear_cross_entropy
 from halfbyte.ops.matmul_4bit import Nested, matmul_4bit
+from halfbyte.ops.matmul_low_rank import matmul_low_rank
 from halfbyte.ops.quantize_4bit import quantize_4bit
 from halfbyte.ops.quantize_8bit import quantize_8bit
 from halfbyte.ops.rms_norm import rms_norm, rms_norm_backward
@@ -27,6 +29,7 @@ __all__ = [
     "ACTIVATIONS",
     "ENVIRONMENT_VARIABLE",
     "FLOAT_DTYPES",
+    "Dropout",
     "Implementation",
     "Nested",
     "active_implementation",
@@ -44,6 +47,7 @@ __all__ = [
     "layer_norm_backward",
     "linear_cross_entropy",
     "matmul_4bit",
+    "matmul_low_rank",
     "quantize_4bit",
     "quantize_8bit",
     "rms_norm",

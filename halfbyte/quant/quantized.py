@@ -76,8 +76,14 @@ class QuantizedTensor:
         """`(blocks,)` float32, dequantized when it is stored in 8 bits."""
         return self.absmax.dequantize() if isinstance(self.absmax, DoubleQuantized) else self.absmax
 
-    def matmul(self, x: Tensor, transpose: bool = False, low_rank: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """`x · Wᵀ + t · Bᵀ`, or `x · W + t · A` when transposed: see `ops.matmul_4bit`.  The tensor is a matrix."""
+    def matmul(
+        self,
+        x: Tensor,
+        transpose: bool = False,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+        dropout: ops.Dropout | None = None,
+    ) -> Tensor:
+        """`x · Wᵀ + t · Bᵀ`, or `x · W + drop(t · A)` when transposed: see `ops.matmul_4bit`.  A matrix's alone."""
         absmax, nested = self.absmax, None
         if isinstance(absmax, DoubleQuantized):
             nested = ops.Nested(absmax.absmax, codebook_8bit(self.packed.device), absmax.offset)
@@ -93,6 +99,7 @@ class QuantizedTensor:
             transpose=transpose,
             nested=nested,
             low_rank=low_rank,
+            dropout=dropout,
         )
 
     @property

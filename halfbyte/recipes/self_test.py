@@ -101,7 +101,7 @@ def _fastest(call: Call) -> float:
 
 def _cases(values: int) -> list[_Case]:
     blocks = [*_norms(values), *_gates(values), _rotary(values), _loss(values)]
-    return [*_quantization(values), _product(values), *blocks, _adamw(values)]
+    return [*_quantization(values), _product(values), _low_rank(values), *blocks, _adamw(values)]
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -149,6 +149,18 @@ def _product(values: int) -> _Case:
         )
 
     return _Case("matmul_4bit", 2 * rows * weight.numel(), make)
+
+
+def _low_rank(values: int) -> _Case:
+    """Throughput in values of the large side."""
+    width = 577
+    x, w = _random(values // width + 1, width), _random(16, width, seed=1)
+
+    def make(dtype: torch.dtype) -> Call:
+        arguments = x.to(dtype), w.to(dtype)
+        return lambda: (ops.matmul_low_rank(*arguments, False, 2.0, ops.Dropout(3, 0.1)),)
+
+    return _Case("matmul_low_rank", x.numel(), make)
 
 
 def _norms(values: int) -> list[_Case]:

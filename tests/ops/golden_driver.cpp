@@ -45,7 +45,7 @@ static bool run_matmul(std::FILE* file, const int64_t* head, const Bytes& codebo
     Weight4bit weight = {codes.data(), floats(absmax),   nullptr,    nullptr, nullptr,
                          0.0f,         floats(codebook), block_size, out,     in};
     HALFBYTE_ISA::kernels.matmul_4bit({x.data(), stride, dtype, rows, weight, transposed, left.data(),
-                                       left_stride, right.data(), rank, y.data()},
+                                       left_stride, right.data(), rank, Dropout{0, 0}, y.data()},
                                       1);
     return y == expected;
 }

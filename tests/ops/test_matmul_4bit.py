@@ -186,7 +186,7 @@ def test_writes_all_of_its_output_and_nothing_else(
             _C.matmul_4bit(
                 *(x.data_ptr(), x.stride(0), DTYPES.index(dtype), rows),
                 *(*addresses, 64, out, into, bool(transpose)),
-                *(0, 0, 0, 0, y.data_ptr(), 2),
+                *(0, 0, 0, 0, 0, 0, y.data_ptr(), 2),
             )
             assert torch.equal(y[:used].view(dtype).view(rows, columns), expected)
             assert (y[used:] == garbage).all()

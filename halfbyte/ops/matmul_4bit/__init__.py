@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halfbyte.formats import NESTED_BLOCK_SIZE, block_count, packed_bytes
 from halfbyte.ops import _checks, _dispatch
+from halfbyte.ops._dropout import Dropout
 from halfbyte.ops._library import register
 
 _OP = "matmul_4bit"
@@ -37,14 +38,16 @@ def matmul_4bit(
     *,
     nested: Nested | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,  # t (..., r) and B (N, r), or A (r, K) when transposed; as x
+    dropout: Dropout | None = None,  # of `t · A`; what is kept is not scaled up
 ) -> Tensor:  # (..., N), or (..., K) when transposed; the dtype of x
-    """`x · Wᵀ + t · Bᵀ`, or `x · W + t · A` when transposed, without the weight ever being in memory.
+    """`x · Wᵀ + t · Bᵀ`, or `x · W + drop(t · A)` when transposed, without the weight ever being in memory.
 
     A weight is the value that `dequantize_4bit` gives in the dtype of `x`; sums are float32 and rounded once. So the
     result differs from the dense product's by the order of summation alone.  QLoRA (arXiv 2305.14314), equation 5.
     """
     nested_absmax, nested_codebook, nested_offset = nested if nested is not None else (None, None, 0.0)
     left, right = low_rank if low_rank is not None else (None, None)
+    seed, threshold = (dropout.seed, dropout.threshold) if dropout is not None else (0, 0)
     return cast(
         Tensor,
         _matmul_4bit(
@@ -60,6 +63,8 @@ def matmul_4bit(
             nested_offset,
             left,
             right,
+            seed,
+            threshold,
         ),
     )
 
@@ -77,6 +82,8 @@ def _run(
     nested_offset: float = 0.0,
     left: Tensor | None = None,
     right: Tensor | None = None,
+    seed: int = 0,
+    threshold: int = 0,
 ) -> Tensor:
     out_features, in_features = shape
     n, device = out_features * in_features, packed.device
@@ -114,6 +121,8 @@ def _run(
         nested_offset,
         left,
         right,
+        seed,
+        threshold,
     )
     return cast(Tensor, y)
 
@@ -134,7 +143,7 @@ def _fake(
 _matmul_4bit = register(
     "matmul_4bit(Tensor x, Tensor packed, Tensor absmax, Tensor codebook, int block_size, SymInt[] shape, "
     "bool transpose=False, Tensor? nested_absmax=None, Tensor? nested_codebook=None, float nested_offset=0.0, "
-    "Tensor? left=None, Tensor? right=None) -> Tensor",
+    "Tensor? left=None, Tensor? right=None, int seed=0, int threshold=0) -> Tensor",
     _run,
     _fake,
 )

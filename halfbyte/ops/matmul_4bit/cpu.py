@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from halfbyte import _C
 from halfbyte.ops import _checks
+from halfbyte.ops._rows import rows_of
 from halfbyte.ops.matmul_4bit import reference
 
 
@@ -24,21 +24,25 @@ def matmul_4bit(
     nested_offset: float,
     left: Tensor | None,
     right: Tensor | None,
+    seed: int,
+    threshold: int,
 ) -> Tensor:
     out_features, in_features = shape
     depth, columns = (out_features, in_features) if transpose else (in_features, out_features)
     y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device="cpu")
     if y.numel() == 0 or depth == 0:
         constants = nested_absmax, nested_codebook, nested_offset
-        return reference.matmul_4bit(x, packed, absmax, codebook, block_size, shape, transpose, *constants, left, right)
-    x = _rows(x)
+        return reference.matmul_4bit(
+            x, packed, absmax, codebook, block_size, shape, transpose, *constants, left, right, seed, threshold
+        )
+    x = rows_of(x)
     packed, absmax, codebook = packed.contiguous(), absmax.contiguous(), codebook.contiguous()
     nested = nested_absmax is not None and nested_codebook is not None
     if nested_absmax is not None and nested_codebook is not None:
         nested_absmax, nested_codebook = nested_absmax.contiguous(), nested_codebook.contiguous()
     rank = 0 if left is None else left.shape[-1]
     if left is not None and right is not None and rank > 0:
-        left, right = _rows(left), right.contiguous()
+        left, right = rows_of(left), right.contiguous()
     _C.matmul_4bit(
         x.data_ptr(),
         x.stride(0),
@@ -59,19 +63,12 @@ def matmul_4bit(
         left.stride(0) if left is not None and rank > 0 else 0,
         _address(right),
         rank,
+        seed,
+        threshold,
         y.data_ptr(),
         torch.get_num_threads(),
     )
     return y
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`(..., n)` as rows whose values are neighbours.  bf16 values are multiplied in pairs, so an odd row ends in a
-    zero."""
-    x = x.reshape(-1, x.shape[-1])
-    if x.dtype == torch.bfloat16 and x.shape[-1] % 2:
-        return F.pad(x, (0, 1))
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:

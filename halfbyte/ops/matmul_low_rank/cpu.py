@@ -1,0 +1,43 @@
+"""matmul_low_rank on the compiled kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfbyte import _C
+from halfbyte.ops import _checks
+from halfbyte.ops._rows import rows_of
+
+
+def matmul_low_rank(
+    x: Tensor, w: Tensor, transpose: bool, scale: float, seed: int, threshold: int, dtype: torch.dtype
+) -> Tensor:
+    rows, depth = x.shape
+    columns = w.shape[1] if transpose else w.shape[0]
+    if depth == 0:
+        return torch.zeros(rows, columns, dtype=dtype, device="cpu")
+    y = torch.empty(rows, columns, dtype=dtype, device="cpu")
+    if y.numel() == 0:
+        return y
+    x = rows_of(x)
+    if w.stride(-1) != 1:
+        w = w.contiguous()
+    _C.matmul_low_rank(
+        x.data_ptr(),
+        x.stride(0),
+        w.data_ptr(),
+        w.stride(0),
+        _checks.FLOAT_DTYPES.index(x.dtype),
+        rows,
+        depth,
+        columns,
+        transpose,
+        scale,
+        seed,
+        threshold,
+        y.data_ptr(),
+        dtype == torch.float32,
+        torch.get_num_threads(),
+    )
+    return y
