@@ -153,10 +153,8 @@ def main() -> None:
         *pairs(512, 4096, 11008, 32, 8),
         *optimizer_pairs(),
     ]
-    print(
-        f"{options.threads} threads, bfloat16, milliseconds\n\n"
-        "| what | halfbyte | torch | times |\n| --- | --- | --- | --- |"
-    )
+    print(f"{options.threads} threads, bfloat16, milliseconds\n")
+    print("| what | halfbyte | torch | times |\n| --- | --- | --- | --- |")
     for name, ours, theirs in everything:
         mine, other = compare(ours, theirs, options.seconds)
         print(f"| {name} | {mine * 1e3:.2f} | {other * 1e3:.2f} | {other / mine:.1f} |", flush=True)
