@@ -28,7 +28,7 @@ def write_rows(path: Path, rows: int = 12) -> Path:
     return path
 
 
-def configure(model: Path, dataset: Path, output_dir: Path, **changes: Any) -> FinetuneConfig:
+def configure(model: Path, dataset: Path, output_dir: Path, /, **changes: Any) -> FinetuneConfig:
     """Eight steps of four rows: of twelve rows that is two epochs and two steps of a third."""
     values: dict[str, Any] = {
         "model_name_or_path": str(model),

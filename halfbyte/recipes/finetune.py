@@ -120,11 +120,11 @@ def check_inputs(config: FinetuneConfig) -> None:
         checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
         read_state(checkpoint)
         # The checkpoint of another run may be gone on from in a new directory.
-        resume = config.resume_from_checkpoint is True or output_dir.resolve() in checkpoint.resolve().parents
+        resume = _is_within(checkpoint, output_dir)
     check_output_dir(output_dir, resume=resume, overwrite=config.overwrite_output_dir)
     for key in ("model_name_or_path", "dataset", "eval_dataset") if config.overwrite_output_dir else ():
         path = getattr(config, key)
-        if path is not None and output_dir.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+        if path is not None and _is_within(Path(path), output_dir):
             raise HalfbyteError(f"{key} {path} is in output_dir, which overwrite_output_dir would remove; move it.")
     check_trackers(config.report_to)
 
@@ -178,7 +178,7 @@ class Run:
             weight_decay=config.weight_decay,
         )
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.base_sha256 = weights_sha256(self.model)
         self.data_sha256 = fingerprint(self.train)
 
@@ -241,6 +241,8 @@ class Run:
         state = read_state(checkpoint)
         self._check_same_run(checkpoint, state)
         restore_checkpoint(checkpoint, self.model, self.optimizer)
+        if not _is_within(checkpoint, self.directory):  # another run's: this is a new one, that begins in its midst
+            clear_run(self.directory)
         forget_after(self.directory, state["step"])
         self.console.print(f"resuming {checkpoint} at step {state['step']}", highlight=False)
         if state.get("threads") != torch.get_num_threads():
@@ -361,6 +363,10 @@ def _lora_config(config: FinetuneConfig) -> LoraConfig:
         target_modules=config.target_modules,
         use_rslora=config.use_rslora,
     )
+
+
+def _is_within(path: Path, directory: Path) -> bool:
+    return directory.resolve() in (path.resolve(), *path.resolve().parents)
 
 
 def _device() -> torch.device:
