@@ -99,7 +99,8 @@ demo: setup model  ## Fine-tune the model in 4 bits, and show what it answers be
 test: setup model  ## Run every test; builds .peers first, to compare bytes with bitsandbytes
 	@$(MAKE) --no-print-directory peers || \
 	    printf 'warning: %s could not be made; the tests against bitsandbytes will be skipped\n' $(PEERS) >&2
-	$(RUN) -m pytest
+	@# Two processes of one thread each: most tests are Python, and spinning threads would wait for one another.
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadscope
 
 # make bench WORKLOADS=A,E REPEATS=5 measures some of it; BENCH=--smoke tries the harness on tiny shapes.
 bench: setup peers $(PEERS)/.plot  ## Measure halfbyte beside the usual stack: docs/benchmarks.md; some 45 minutes

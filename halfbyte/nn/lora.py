@@ -27,8 +27,10 @@ def lora_linear(
     dropout: float,  # probability that an input is dropped; 0 outside training
 ) -> Tensor:  # (..., out), the dtype of x
     """The adapters are rounded to the dtype of `x` for products; their gradients are float32 sums, not rounded."""
-    y: Tensor = _LoraLinear.apply(x, lora_A, lora_B, quantized, scaling, dropout)  # type: ignore[no-untyped-call]
-    return y
+    rows = x.reshape(-1, x.shape[-1])
+    y: Tensor = _LoraLinear.apply(rows, lora_A, lora_B, quantized, scaling, dropout)  # type: ignore[no-untyped-call]
+    # The view is made out here: models add to a layer's output in place, which autograd refuses for a view from inside.
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -38,18 +40,16 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         drop = ops.Dropout.draw(dropout) if dropout else None
         scale = scaling * drop.scale if drop else scaling
-        rows = x.reshape(-1, x.shape[-1])
-        t = ops.matmul_low_rank(rows, lora_A.to(x.dtype), False, scale, drop)
-        ctx.save_for_backward(rows, t, lora_A, lora_B)
-        ctx.quantized, ctx.scale, ctx.drop, ctx.shape = quantized, scale, drop, x.shape
-        y = quantized.matmul(rows, low_rank=(t, lora_B.to(x.dtype)))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        t = ops.matmul_low_rank(x, lora_A.to(x.dtype), False, scale, drop)
+        ctx.save_for_backward(x, t, lora_A, lora_B)
+        ctx.quantized, ctx.scale, ctx.drop = quantized, scale, drop
+        return quantized.matmul(x, low_rank=(t, lora_B.to(x.dtype)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, t, lora_A, lora_B = ctx.saved_tensors
-        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        (dy,) = grads
         dx = dA = dB = None
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
         if needs_B:
@@ -61,5 +61,5 @@ class _LoraLinear(torch.autograd.Function):
                 dA = gradient.to(lora_A.dtype)
             if needs_x:
                 low_rank = dt, lora_A.to(dy.dtype)
-                dx = ctx.quantized.matmul(dy, transpose=True, low_rank=low_rank, dropout=ctx.drop).view(ctx.shape)
+                dx = ctx.quantized.matmul(dy, transpose=True, low_rank=low_rank, dropout=ctx.drop)
         return dx, dA, dB, None, None, None

@@ -101,7 +101,7 @@ def _fastest(call: Call) -> float:
 
 def _cases(values: int) -> list[_Case]:
     blocks = [*_norms(values), *_gates(values), _rotary(values), _loss(values)]
-    return [*_quantization(values), _product(values), _low_rank(values), *blocks, _adamw(values)]
+    return [*_quantization(values), _product(values), _low_rank(values), *_attention(values), *blocks, _adamw(values)]
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -161,6 +161,30 @@ def _low_rank(values: int) -> _Case:
         return lambda: (ops.matmul_low_rank(*arguments, False, 2.0, ops.Dropout(3, 0.1)),)
 
     return _Case("matmul_low_rank", x.numel(), make)
+
+
+def _attention(values: int) -> list[_Case]:
+    """Two packed texts and grouped queries; throughput in scores."""
+    heads, kv_heads, head_dim = 4, 2, 64
+    length = int((values / heads) ** 0.5) | 1
+    q, dout = _random(1, heads, length, head_dim), _random(1, heads, length, head_dim, seed=1)
+    k, v = _random(1, kv_heads, length, head_dim, seed=2), _random(1, kv_heads, length, head_dim, seed=3)
+    start = torch.zeros(1, length, dtype=torch.int32)
+    start[:, length // 3 :] = length // 3
+    scale = 1 / float(head_dim) ** 0.5
+    with ops.forced_implementation(REFERENCE):
+        out, logsumexp = ops.attention(q, k, v, start, scale, 0, 0.0)
+
+    def forward(dtype: torch.dtype) -> Call:
+        arguments = q.to(dtype), k.to(dtype), v.to(dtype)
+        return lambda: ops.attention(*arguments, start, scale, 0, 0.0)
+
+    def backward(dtype: torch.dtype) -> Call:
+        arguments = dout.to(dtype), q.to(dtype), k.to(dtype), v.to(dtype), out.to(dtype)
+        return lambda: ops.attention_backward(*arguments, logsumexp, start, scale, 0, 0.0)
+
+    scores = heads * length * length
+    return [_Case("attention", scores, forward), _Case("attention_backward", scores, backward)]
 
 
 def _norms(values: int) -> list[_Case]:

@@ -72,7 +72,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_large_model_in_shards(large_model: Path) -> None:
     size = sum(file.stat().st_size for file in large_model.glob("*.safetensors"))
-    assert size > 580 * MEGABYTE
+    assert size > 570 * MEGABYTE
     measured = measure(str(large_model))
     largest = 4096 * 1024 * 2
     assert measured["held"] < 0.27 * size
