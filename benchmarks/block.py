@@ -113,7 +113,7 @@ def loss_pair(n: int, width: int, vocabulary: int) -> tuple[str, Call, Call]:
 
 
 def optimizer_pairs() -> list[tuple[str, Call, Call]]:
-    """The adapters of SmolLM2-135M at rank 16, 420 tensors of 4.9 million values."""
+    """The adapters of SmolLM2-135M at rank 16, 360 tensors of 4.9 million values."""
     shapes = [(16, 576), (576, 16), (16, 576), (192, 16), (16, 576), (192, 16), (16, 576), (576, 16)]
     shapes += [(16, 576), (1536, 16)] * 2 + [(16, 1536), (576, 16)]
     steps = []
