@@ -14,11 +14,12 @@ HALFBYTE_INLINE void matmul_of_type(const Matmul4bit& call, int threads) {
     const int64_t depth = call.transposed ? out : in, columns = call.transposed ? in : out;
     const int64_t right_stride = call.transposed ? columns : call.rank;
     run_product<P, WideTile>(
-        Product<T, T, QuantizedRows<T>>{static_cast<const T*>(call.x), call.x_stride, call.rows, depth,
-                                        columns, QuantizedRows<T>(call.weight), call.transposed,
-                                        Dropout{0, 0}, static_cast<const T*>(call.left), call.left_stride,
-                                        DenseRows<T>(call.right, right_stride, right_stride, Dropout{0, 0}),
-                                        call.rank, call.dropout, 1.0f, static_cast<T*>(call.y), Grid{}, 0},
+        Product<T, T, QuantizedRows<P, T>>{
+            static_cast<const T*>(call.x), call.x_stride, call.rows, depth, columns,
+            QuantizedRows<P, T>(call.weight), call.transposed, Dropout{0, 0},
+            static_cast<const T*>(call.left), call.left_stride,
+            DenseRows<T>(call.right, right_stride, right_stride, Dropout{0, 0}), call.rank, call.dropout,
+            1.0f, static_cast<T*>(call.y), Grid{}, 0},
         threads);
 }
 

@@ -47,28 +47,40 @@ void matvec_range(void* context, int64_t begin, int64_t end) {
     const T* const left = static_cast<const T*>(call.left);
     T* const y = static_cast<T*>(call.y);
     const int64_t stride = call.x_stride, in = call.weight.in_features, out = call.weight.out_features;
-    const int64_t rank = call.rank, block_size = call.weight.block_size;
+    const int64_t rank = call.rank, chunks = in / chunk;
+    const bool paired = call.weight.block_size >= 2 * chunk && chunks % 2 == 0;
     const uint8_t* const packed = call.weight.packed;
-    QuantizedRows<T> weight(call.weight);
+    QuantizedRows<P, T> weight(call.weight);
     for (int64_t column = begin; column < end; ++column) {
-        F32 sums[rows];
-        for (int m = 0; m < rows; ++m) sums[m] = zero();
+        // Two chunks at a time, of one block, with sums of their own: so that one product does not wait for
+        // the last.
+        F32 sums[2][rows];
+        HALFBYTE_UNROLL for (int m = 0; m < rows; ++m) sums[0][m] = sums[1][m] = zero();
         const int64_t first = column * in;
-        for (int64_t k = 0; k < in;) {
-            const int64_t block = (first + k) >> weight.block_shift_;
-            weight.table_.scale(weight.scale_of(block));
-            for (const int64_t stop = least(in, (block + 1) * block_size - first); k < stop; k += chunk) {
-                alignas(64) T values[chunk];
-                weight.table_.expand32(packed + (first + k) / 2, values);
-                for (int64_t v = 0; v < chunk; v += lanes * P::depth) {
-                    const typename P::Vector w = P::load(values + v);
-                    for (int m = 0; m < rows; ++m)
-                        sums[m] = P::multiply_add(w, P::load(x + m * stride + k + v), sums[m]);
-                }
+        const uint8_t* const codes = packed + first / 2;
+        const auto add_chunk = [&](int64_t c, F32* chunk_sums) __attribute__((always_inline)) {
+            alignas(64) T values[chunk];
+            weight.table_.expand32(codes + c * (chunk / 2), values);
+            HALFBYTE_UNROLL for (int64_t v = 0; v < chunk; v += lanes * P::depth) {
+                const typename P::Vector w = P::load(values + v);
+                HALFBYTE_UNROLL for (int m = 0; m < rows; ++m) chunk_sums[m] =
+                    P::multiply_add(w, P::load(x + m * stride + c * chunk + v), chunk_sums[m]);
+            }
+        };
+        if (paired) {
+            for (int64_t c = 0; c < chunks; c += 2) {
+                weight.table_.scale(weight.scale_of((first + c * chunk) >> weight.block_shift_));
+                add_chunk(c, sums[0]);
+                add_chunk(c + 1, sums[1]);
+            }
+        } else {
+            for (int64_t c = 0; c < chunks; ++c) {
+                weight.table_.scale(weight.scale_of((first + c * chunk) >> weight.block_shift_));
+                add_chunk(c, sums[0]);
             }
         }
         for (int m = 0; m < rows; ++m) {
-            float sum = reduce_add(sums[m]);
+            float sum = reduce_add(multiply_add(sums[0][m], broadcast(1.0f), sums[1][m]));
             if (rank > 0) sum += low_rank_sum(left + m * call.left_stride, right + column * rank, rank);
             y[m * out + column] = rounded<T>(sum);
         }

@@ -13,6 +13,7 @@
 namespace halfbyte::HALFBYTE_ISA {
 namespace {
 
+constexpr int64_t rows_ahead = 16;        // that fill_along asks the memory for
 constexpr int64_t strip = 256;            // values of a row that are expanded at a time
 constexpr int64_t row_slack = 2 * chunk;  // a stretch may begin and end inside a chunk
 constexpr int64_t row_room = strip + row_slack;
@@ -23,7 +24,7 @@ HALFBYTE_INLINE int64_t round_up(int64_t n, int64_t multiple) {
 HALFBYTE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A 4-bit weight, its values rounded to T.
-template <class T>
+template <class P, class T>
 class QuantizedRows {
   public:
     using Value = T;
@@ -56,6 +57,18 @@ class QuantizedRows {
         return buffer + (first - start);
     }
 
+    // For whoever goes down the rows: neighbours lie pages apart, where the hardware does not look ahead.
+    HALFBYTE_INLINE void prefetch(int64_t index, int64_t begin) const {
+        const int64_t first = index * weight_.in_features + begin, block = first >> block_shift_;
+        if (first >= size_) return;
+        __builtin_prefetch(weight_.packed + first / 2);
+        if (weight_.absmax != nullptr) {
+            __builtin_prefetch(weight_.absmax + block);
+        } else {
+            __builtin_prefetch(weight_.absmax_codes + block);
+        }
+    }
+
     HALFBYTE_INLINE float scale_of(int64_t block) const {
         if (weight_.absmax != nullptr) return weight_.absmax[block];
         return weight_.nested_codebook[weight_.absmax_codes[block]] * weight_.nested_absmax[block >> 8] +
@@ -65,7 +78,7 @@ class QuantizedRows {
     const Weight4bit weight_;
     const int64_t size_;
     int block_shift_ = 0;
-    Table16<T> table_;
+    typename P::template Table<T> table_;
 };
 
 // A dense matrix of `columns`, perhaps with some of its values dropped.
@@ -82,6 +95,7 @@ class DenseRows {
         if (dropout_.threshold != 0) drop(buffer, index, begin, count, columns_, dropout_);
         return buffer;
     }
+    HALFBYTE_INLINE void prefetch(int64_t, int64_t) const {}
 
   private:
     const T* values_;
@@ -112,6 +126,8 @@ void fill_across(Matrix& matrix, int64_t begin, int64_t count, int64_t first_col
                     const int64_t column = c + P::template column<S::vectors>(v, lane);
                     T* row = buffer + lane * row_room;
                     if (column < columns) {
+                        matrix.prefetch(first_column + column, begin + k + strip);
+                        matrix.prefetch(first_column + column, begin + k + strip + strip / 2);
                         row = matrix.row(first_column + column, begin + k, length, row);
                         if (length % P::depth != 0) row[length] = T{};
                     } else {
@@ -147,6 +163,7 @@ void fill_along(Matrix& matrix, int64_t begin, int64_t count, int64_t first_colu
                 T* row = buffer + d * row_room;
                 int64_t real = 0;
                 if (k + d < count) {
+                    matrix.prefetch(begin + k + d + rows_ahead, first_column + c);
                     row = matrix.row(begin + k + d, first_column + c, length, row);
                     real = length;
                 }

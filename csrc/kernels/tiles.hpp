@@ -10,6 +10,7 @@
 // and make 24 products of 10 loads. How values meet in a lane is an operand type: Singles here, Pairs in
 // simd/avx512bf16.hpp. Both have
 //
+//   Table<T>                    Table16<T>, or what serves products as well
 //   Value, Vector, depth        what panels hold, a register of it, values of the sum in a lane
 //   depth_block                 how much of the sum a panel spans: it should fit the second-level cache
 //   load, broadcast, multiply_add
@@ -42,6 +43,8 @@ constexpr int most_tile_rows = 12;
 
 // float32 values, one in a lane. Rows of other types are widened as they are read.
 struct Singles {
+    template <class T>
+    using Table = Table16<T>;
     using Value = float;
     using Vector = F32;
     static constexpr int depth = 1;

@@ -14,8 +14,34 @@ HALFBYTE_INLINE void transpose(__m512i* r) {
     for (int i = 0; i < 16; ++i) r[i] = _mm512_castps_si512(floats[i]);
 }
 
-// Two neighbouring values of the sum in each lane. `vdpbf16ps` takes denormals as zero.
+// Table16<bf16> for weights that are about to be multiplied: `vcvtneps2bf16` makes denormals zero, as which
+// `vdpbf16ps` would take them.
+class PairTable {
+  public:
+    explicit PairTable(const float* codebook) : codebook_(_mm512_loadu_ps(codebook)) {}
+
+    HALFBYTE_INLINE void scale(float absmax) {
+        const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_mul_ps(codebook_, _mm512_set1_ps(absmax)));
+        table_ = _mm512_castsi256_si512(reinterpret_cast<__m256i>(rounded));
+    }
+    HALFBYTE_INLINE void expand32(const uint8_t* packed, bf16* out) const {
+        const I32 bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+        const I32 low_code = _mm512_set1_epi32(0xf0000);
+        // High nibble in the low word, low nibble in the high one: (bytes >> 4) | (bytes << 16 & low_code).
+        const I32 index = _mm512_ternarylogic_epi32(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16),
+                                                    low_code, 0xf8);
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table_));
+    }
+
+  private:
+    F32 codebook_;
+    __m512i table_ = _mm512_setzero_si512();  // sixteen entries, and what no index reaches
+};
+
+// Two neighbouring values of the sum in each lane.
 struct Pairs {
+    template <class>
+    using Table = PairTable;
     using Value = bf16;
     using Vector = __m512i;
     static constexpr int depth = 2;
