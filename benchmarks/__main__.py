@@ -70,6 +70,8 @@ def run(bench: Bench) -> list[str]:
             failed.append(workload)
             results.add("note", text=f"{workload} could not be measured: {error}")
             print(f"  {workload} could not be measured: {error}", file=sys.stderr)
+        finally:
+            bench.stop_all()
     return failed
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.figures import Row
@@ -28,9 +28,18 @@ class Setting:
 class Bench:
     options: Options
     results: Results
+    _started: list[Worker] = field(default_factory=list)
 
     def start(self, script: str, process: dict[str, Any], **environment: str) -> Worker:
-        return Worker(script, {"model": str(self.options.model), **process}, self.options, **environment)
+        worker = Worker(script, {"model": str(self.options.model), **process}, self.options, **environment)
+        self._started.append(worker)
+        return worker
+
+    def stop_all(self) -> None:
+        """After a workload, however it ended: none of its workers is to hold memory during the next."""
+        for worker in self._started:
+            worker.stop()
+        self._started.clear()
 
     def row(self, row: Row) -> None:
         self.results.add("row", **row.to_record())

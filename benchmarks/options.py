@@ -20,12 +20,23 @@ class Sizes:
     hidden: int = 4096  # C
     intermediate: int = 11008  # C
     lengths: tuple[int, ...] = (512, 2048)  # C
-    prompt_tokens: int = 32  # E
+    prompt: str = "The keeper of the lighthouse wrote in his diary every evening, and that day he began:"  # E
     new_tokens: int = 128  # E
     curve_steps: int = 50  # the gate's training run
 
 
-SMOKE = Sizes(2, 32, 16, 16, 16, 256, 688, (32, 64), 8, 8, 4)
+SMOKE = Sizes(
+    batch=2,
+    length=32,
+    rows=16,
+    peer_rows=16,
+    scan_rows=16,
+    hidden=256,
+    intermediate=688,
+    lengths=(32, 64),
+    new_tokens=8,
+    curve_steps=4,
+)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Worker:
         return self._say(request)
 
     def stop(self) -> None:
-        """End of input is what a worker leaves at; twice does no harm."""
+        """End of input is what a worker leaves at. To stop it twice does no harm."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
@@ -106,7 +106,9 @@ def worker_environment(threads: int) -> dict[str, str]:
     """The same for both sides: as many threads as cores, no network, no chatter."""
     pinned = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **pinned, **quiet}
+    # PYTHONPATH would lead both interpreters to the same packages.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**inherited, **pinned, **quiet}
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,14 @@ def alternate(
 ) -> dict[str, list[dict[str, Any]]]:
     """Every lane once, uncounted; then `repeats` rounds. The turns of each lane, in order."""
     turns: dict[str, list[dict[str, Any]]] = {lane.name: [] for lane in lanes}
+    before: Worker | None = None
     for repetition in range(-1 if warm_up else 0, repeats):
         for lane in lanes:
             others = [other.worker for other in lanes if other.worker is not lane.worker]
-            turn = _take_turn(lane, others, options)
+            if lane.worker is not before:
+                time.sleep(0 if options.smoke else options.settle_seconds)
+            before = lane.worker
+            turn = _take_turn(lane, others)
             turn = {"workload": workload, "lane": lane.name, "repetition": repetition, **turn}
             results.add("turn", **turn)
             if repetition >= 0:
@@ -140,8 +146,7 @@ def alternate(
     return turns
 
 
-def _take_turn(lane: Lane, others: Sequence[Worker], options: Options) -> dict[str, Any]:
-    time.sleep(0 if options.smoke else options.settle_seconds)
+def _take_turn(lane: Lane, others: Sequence[Worker]) -> dict[str, Any]:
     # The same worker may stand behind several lanes.
     idle = {worker.process.pid for worker in others}
     before, idle_before, started = _busy_seconds(), _seconds_of(idle), time.perf_counter()

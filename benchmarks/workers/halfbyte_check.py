@@ -5,11 +5,12 @@ and answered is the same, only who computes it differs.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from halfbyte_model import executed, load, put_adapters_on, supervise_all
+from halfbyte_model import executed, load, put_adapters_on, supervise_all, write_greedily
 from peft import PeftModel
 from protocol import Measure, Reply, Request, serve
 from safetensors.torch import save_file
@@ -24,7 +25,7 @@ from halfbyte.recipes.training import train_step
 
 
 def prepare(settings: Request) -> tuple[Measure, Reply]:
-    checks = {"step": _step, "decode": _decode, "curve": _curve}
+    checks = {"step": _step, "decode": _decode, "written": _written, "judged": _judged, "curve": _curve}
 
     def measure(request: Request) -> Reply:
         model, tokenizer = load(settings)
@@ -36,11 +37,11 @@ def prepare(settings: Request) -> tuple[Measure, Reply]:
     return measure, {}
 
 
-def _step(base: PreTrainedModel, _: Any, request: Request) -> dict[str, Tensor]:
+def _step(base: PreTrainedModel, tokenizer: Any, request: Request) -> dict[str, Tensor]:
     """The loss of every position, the loss that is trained on, and the gradient of every adapter."""
     model = put_adapters_on(base)
     _draw_second_factors(model)
-    ids = _random_ids(model, request["batch"], request["length"])
+    ids = _tokens(model, tokenizer, request, rows=2, length=128)
     batch = supervise_all(ids)
     model.eval()
     with torch.no_grad():
@@ -63,10 +64,9 @@ def _draw_second_factors(model: PeftModel) -> None:
 
 
 @torch.no_grad()
-def _decode(model: PreTrainedModel, _: Any, request: Request) -> dict[str, Tensor]:
+def _decode(model: PreTrainedModel, tokenizer: Any, request: Request) -> dict[str, Tensor]:
     """Logits after a prompt, and after each of some fixed tokens fed one by one, as decoding does."""
-    ids = _random_ids(model, 1, request["prompt_tokens"] + request["new_tokens"])
-    prompt, rest = ids[:, : request["prompt_tokens"]], ids[:, request["prompt_tokens"] :]
+    prompt, rest = _tokens(model, tokenizer, request, rows=1, length=64).split([48, 16], dim=1)
     output = model(input_ids=prompt, use_cache=True)
     logits = [output.logits[0, -1]]
     for token in rest.T:
@@ -75,35 +75,54 @@ def _decode(model: PreTrainedModel, _: Any, request: Request) -> dict[str, Tenso
     return {"logits": torch.stack(logits).float()}
 
 
+def _written(model: PreTrainedModel, tokenizer: Any, request: Request) -> dict[str, Tensor]:
+    """What is written after a prompt, greedily."""
+    return {"ids": torch.tensor(write_greedily(model, tokenizer, request["prompt"], request["new_tokens"]))}
+
+
+@torch.no_grad()
+def _judged(model: PreTrainedModel, tokenizer: Any, request: Request) -> dict[str, Tensor]:
+    """Logits for what somebody wrote after a prompt: at each of its tokens, those that it was chosen from."""
+    prompt = tokenizer(request["prompt"], add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([prompt + request["ids"]])
+    return {"logits": model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()}
+
+
 def _curve(base: PreTrainedModel, tokenizer: Any, request: Request) -> dict[str, Tensor]:
-    """The losses of a short training run."""
+    """The losses of a short training run; a seed decides the first adapters and the order of the rows."""
     model = put_adapters_on(base, seed=request["seed"])
     optimizer = hb.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     examples, _ = encode_rows(tokenizer, read_rows(request["rows"], "alpaca"), request["length"])
     losses = [
         train_step(model, optimizer, batches, 1e-3, 0.3, torch.device("cpu"))["loss"]
-        for _, batches in zip(range(request["steps"]), _steps(examples, tokenizer, request["batch"]), strict=False)
+        for _, batches in zip(range(request["steps"]), _steps(examples, tokenizer, request), strict=False)
     ]
     return {"losses": torch.tensor(losses, dtype=torch.float32)}
 
 
-def _steps(examples: Any, tokenizer: Any, batch: int) -> Iterator[Any]:
+def _steps(examples: Any, tokenizer: Any, request: Request) -> Iterator[Any]:
     epoch = 0
     while True:
         yield from training_steps(
             examples,
-            seed=0,
+            seed=request["seed"],
             epoch=epoch,
-            per_device_train_batch_size=batch,
+            per_device_train_batch_size=request["batch"],
             gradient_accumulation_steps=1,
             pad_token_id=tokenizer.pad_token_id,
         )
         epoch += 1
 
 
-def _random_ids(model: Any, rows: int, length: int) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randint(0, model.config.vocab_size, (rows, length), generator=generator)
+def _tokens(model: Any, tokenizer: Any, request: Request, rows: int, length: int) -> Tensor:
+    """(rows, length) of English, `part` says which; random ids for a random model with a smaller vocabulary."""
+    # On tokens that make no sense a trained model's gradient in bf16 is mostly rounding, whoever computes it.
+    count = rows * length
+    if len(tokenizer) > model.config.vocab_size:
+        generator = torch.Generator().manual_seed(request["part"])
+        return torch.randint(0, model.config.vocab_size, (rows, length), generator=generator)
+    ids = tokenizer(Path(request["text"]).read_text(encoding="utf-8"))["input_ids"]
+    return torch.tensor(ids[request["part"] * count :][:count]).view(rows, length)
 
 
 if __name__ == "__main__":

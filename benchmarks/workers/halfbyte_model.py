@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import halfbyte as hb
+from halfbyte.huggingface.generate import generate_texts
 
 
 def load(settings: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -34,6 +35,25 @@ def set_checkpointing(model: PeftModel, wanted: bool) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_disable()
+
+
+def write_greedily(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int
+) -> list[int]:
+    """The ids that `halfbyte generate` writes after a prompt: as many as asked for, for nothing ends them early."""
+    model.generation_config.eos_token_id = None
+    tokenizer.eos_token = None
+    written: list[list[int]] = []
+    # The ids are not returned, but they are decoded on the way out.
+    tokenizer.decode = lambda ids, **_: written.append(ids.tolist()) or ""
+    try:
+        generate_texts(model, tokenizer, [prompt], new_tokens)
+    finally:
+        del tokenizer.decode
+    ids = written[-1]
+    if len(ids) != new_tokens:
+        raise ValueError(f"{len(ids)} tokens were written where {new_tokens} were asked for")
+    return ids
 
 
 def executed() -> str | None:

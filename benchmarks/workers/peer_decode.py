@@ -5,26 +5,23 @@ import time
 import torch
 from peer_model import load
 from protocol import Measure, Reply, Request, serve
+from transformers import AutoTokenizer
 
 
 def prepare(settings: Request) -> tuple[Measure, Reply]:
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     model = load(settings).eval()
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = None  # nothing ends the text early
 
     @torch.no_grad()
     def measure(request: Request) -> Reply:
-        torch.manual_seed(0)
-        prompt = torch.randint(0, model.config.vocab_size, (1, request["prompt_tokens"]))
         started = time.perf_counter()
+        prompt = tokenizer(request["prompt"], add_special_tokens=False, return_tensors="pt")
         written = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=request["new_tokens"],
-            do_sample=False,
-            pad_token_id=0,
+            **prompt, max_new_tokens=request["new_tokens"], do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
         seconds = time.perf_counter() - started
-        return {"seconds": seconds, "units": written.shape[1] - prompt.shape[1]}
+        return {"seconds": seconds, "units": written.shape[1] - prompt["input_ids"].shape[1]}
 
     return measure, {}
 

@@ -14,15 +14,15 @@ def load(settings: dict[str, Any]) -> PreTrainedModel:
 
 
 def from_pretrained(path: str, quantize: bool) -> PreTrainedModel:
+    if not quantize:  # no quantization_config at all: None would overrule the one that a 4-bit checkpoint brings
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16, quantization_config=four_bits if quantize else None
-    )
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=four_bits)
 
 
 def put_adapters_on(model: PreTrainedModel, autocast: bool) -> PeftModel:

@@ -13,7 +13,7 @@ PEERS = {"transformers, bf16": False, "transformers + bitsandbytes, NF4": True}
 
 def measure(bench: Bench) -> None:
     sizes = bench.options.sizes
-    request = {"prompt_tokens": sizes.prompt_tokens, "new_tokens": sizes.new_tokens}
+    request = {"prompt": sizes.prompt, "new_tokens": sizes.new_tokens}
     ours = bench.start("halfbyte_decode", {})
     peers = {name: bench.start("peer_decode", {"quantize": quantize}) for name, quantize in PEERS.items()}
     with workers(ours, *peers.values()):
@@ -24,7 +24,7 @@ def measure(bench: Bench) -> None:
         bench.row(
             compare(
                 "E",
-                f"{sizes.new_tokens} tokens after {sizes.prompt_tokens}, greedy, batch 1",
+                f"{sizes.new_tokens} tokens after a short prompt, greedy, batch 1",
                 "tokens/s",
                 (turns["halfbyte"], str(turns["halfbyte"][-1]["implementation"])),
                 (turns[name], name),
