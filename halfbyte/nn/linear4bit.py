@@ -129,7 +129,11 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`, computed in `compute_dtype`, returned in the dtype of `x`."""
-        y: Tensor = _FrozenProduct.apply(x.to(self.compute_dtype), self.quantized, False)  # type: ignore[no-untyped-call]
+        rounded, quantized = x.to(self.compute_dtype), self.quantized
+        if torch.is_grad_enabled():
+            y: Tensor = _FrozenProduct.apply(rounded, quantized, False)  # type: ignore[no-untyped-call]
+        else:  # a token's 210 layers: autograd's bookkeeping would be a part of the time that shows
+            y = quantized.matmul(rounded)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype)
