@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+from gguf.quants import quantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -90,3 +93,47 @@ def save_model(
     build_model(model_type, **settings).save_pretrained(directory, max_shard_size=max_shard_size)
     build_tokenizer(chat_template).save_pretrained(directory)
     return directory
+
+
+def save_gguf(file: Path, kind: str = "F16", **changes: Any) -> PreTrainedModel:
+    """Write a tiny Llama as llama.cpp's converter does, its matrices as `kind` (F32, F16, BF16, Q8_0, Q4_0, …).
+
+    Returns the model that was written.
+    """
+    model = build_model("llama", torch.float32, intermediate_size=64, **changes)
+    config, tokenizer = model.config, build_tokenizer()
+    writer = GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(VOCABULARY_SIZE)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(VOCABULARY_SIZE)))
+    writer.add_token_scores([0.0] * VOCABULARY_SIZE)  # merges follow from the scores, and single bytes have none
+    writer.add_token_types([1] * 256 + [3] * len(SPECIAL_TOKENS))
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(CHATML)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        stem, _, suffix = name.rpartition(".")
+        values = tensor.numpy()
+        for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if projection in name:  # llama.cpp pairs neighbours where transformers pairs halves
+                values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        quantization = GGMLQuantizationType[kind if values.ndim == 2 else "F32"]
+        blocks = quantize(np.ascontiguousarray(values), quantization)
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", blocks, raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model

@@ -33,6 +33,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.huggingface.source import reason
 
 _TRANSFORM_VALUES_ONLY = (TensorProcessor, LlamaTensorProcessor, Gemma2TensorProcessor, NemotronTensorProcessor)
 
@@ -82,7 +83,8 @@ class _GgufTensor:
     def __getitem__(self, _: Any) -> Tensor:
         shape = self._info.shape
         blocks = self._blocks.reshape(prod(shape[:-1]), -1)  # rows of the tensor, as GGML keeps them
-        values = dequantize(blocks, GGMLQuantizationType(self._info.ggml_type)).reshape(shape)
+        with np.errstate(all="ignore"):  # what is not finite is told by name, once the model is filled
+            values = dequantize(blocks, GGMLQuantizationType(self._info.ggml_type)).reshape(shape)
         values = self._processor.process(weights=values, name=self._info.name).weights
         return torch.from_numpy(np.array(values))  # a copy: the file is mapped read-only
 
@@ -106,7 +108,7 @@ def _read_header(file: Path) -> GgufHeader:
     try:
         header = GgufHeader.from_file(str(file))
     except Exception as error:  # ValueError, struct.error, IndexError: all mean a file that cannot be read
-        raise HalfbyteError(f"{file} is not a GGUF file that can be read ({error}).") from error
+        raise HalfbyteError(f"{file} is not a GGUF file that can be read ({reason(error)}).") from error
     end = max((header.data_start + info.offset + info.nbytes for info in header.tensors), default=0)
     if file.stat().st_size < end:
         raise HalfbyteError(f"{file} is truncated: {file.stat().st_size} bytes of {end}; fetch it again.")
