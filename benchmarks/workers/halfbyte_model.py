@@ -32,9 +32,9 @@ def put_adapters_on(model: PreTrainedModel, seed: int = 0) -> PeftModel:
 
 def set_checkpointing(model: PeftModel, wanted: bool) -> None:
     if wanted:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
 
 
 def write_greedily(
