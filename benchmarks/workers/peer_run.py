@@ -78,7 +78,7 @@ def _trainer(settings: Request, request: Request, tokenizer: Any, rows: list[dic
         packing=request["packing"],
         train_sampling_strategy="group_by_length" if request["group_by_length"] else "random",
         max_length=settings["max_length"],
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         learning_rate=2e-4,
         lr_scheduler_type="linear",
         warmup_steps=1,

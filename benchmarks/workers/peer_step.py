@@ -13,7 +13,7 @@ def prepare(settings: Request) -> tuple[Measure, Reply]:
     autocast = settings["autocast"]
     model = put_adapters_on(load(settings), autocast).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0, fused=True)
     seen: set[tuple[Any, ...]] = set()
 
     def step(micro_batches: tuple[torch.Tensor, ...]) -> float:
