@@ -28,6 +28,7 @@ template <class P, class T>
 class QuantizedRows {
   public:
     using Value = T;
+    using Source = Weight4bit;
 
     explicit QuantizedRows(const Weight4bit& weight)
         : weight_(weight), size_(weight.out_features * weight.in_features), table_(weight.codebook) {
@@ -58,7 +59,7 @@ class QuantizedRows {
     }
 
     // For whoever goes down the rows: neighbours lie pages apart, where the hardware does not look ahead.
-    HALFBYTE_INLINE void prefetch(int64_t index, int64_t begin) const {
+    HALFBYTE_INLINE void prefetch(int64_t index, int64_t begin, int64_t) const {
         const int64_t first = index * weight_.in_features + begin, block = first >> block_shift_;
         if (first >= size_) return;
         __builtin_prefetch(weight_.packed + first / 2);
@@ -86,6 +87,7 @@ template <class T>
 class DenseRows {
   public:
     using Value = T;
+    using Source = DenseRows;
 
     DenseRows(const void* values, int64_t stride, int64_t columns, Dropout dropout)
         : values_(static_cast<const T*>(values)), stride_(stride), columns_(columns), dropout_(dropout) {}
@@ -95,7 +97,11 @@ class DenseRows {
         if (dropout_.threshold != 0) drop(buffer, index, begin, count, columns_, dropout_);
         return buffer;
     }
-    HALFBYTE_INLINE void prefetch(int64_t, int64_t) const {}
+    HALFBYTE_INLINE void prefetch(int64_t index, int64_t begin, int64_t count) const {
+        const T* const row = values_ + index * stride_;
+        for (int64_t i = begin; i < begin + count; i += cache_line / static_cast<int64_t>(sizeof(T)))
+            __builtin_prefetch(row + i);
+    }
 
   private:
     const T* values_;
@@ -126,8 +132,8 @@ void fill_across(Matrix& matrix, int64_t begin, int64_t count, int64_t first_col
                     const int64_t column = c + P::template column<S::vectors>(v, lane);
                     T* row = buffer + lane * row_room;
                     if (column < columns) {
-                        matrix.prefetch(first_column + column, begin + k + strip);
-                        matrix.prefetch(first_column + column, begin + k + strip + strip / 2);
+                        matrix.prefetch(first_column + column, begin + k + strip, strip / 2);
+                        matrix.prefetch(first_column + column, begin + k + strip + strip / 2, strip / 2);
                         row = matrix.row(first_column + column, begin + k, length, row);
                         if (length % P::depth != 0) row[length] = T{};
                     } else {
@@ -163,7 +169,7 @@ void fill_along(Matrix& matrix, int64_t begin, int64_t count, int64_t first_colu
                 T* row = buffer + d * row_room;
                 int64_t real = 0;
                 if (k + d < count) {
-                    matrix.prefetch(begin + k + d + rows_ahead, first_column + c);
+                    matrix.prefetch(begin + k + d + rows_ahead, first_column + c, length);
                     row = matrix.row(begin + k + d, first_column + c, length, row);
                     real = length;
                 }

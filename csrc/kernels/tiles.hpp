@@ -28,6 +28,8 @@ namespace {
 // unrolled by the optimizer in its own time, it stays in memory and is written back at every step.
 #define HALFBYTE_UNROLL _Pragma("GCC unroll 16")
 
+constexpr int64_t cache_line = 64;  // bytes
+
 template <int tile_rows, int tile_vectors>
 struct Shape {
     static constexpr int rows = tile_rows;
@@ -95,16 +97,22 @@ void multiply_tile(const typename P::Value* a, int64_t stride, const typename P:
                 load(sums + (i * S::vectors + v) * lanes);
         }
     }
-    for (int64_t step = 0; step < steps; ++step) {
-        typename P::Vector b[S::vectors];
-        HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v) b[v] = P::load(panel + v * lanes * P::depth);
-        HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
-            const typename P::Vector left = P::broadcast(a + i * stride);
-            HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v) acc[i][v] =
-                P::multiply_add(left, b[v], acc[i][v]);
+    constexpr int64_t line_steps = cache_line / static_cast<int64_t>(P::depth * sizeof(typename P::Value));
+    for (int64_t step = 0; step < steps;) {
+        // What the next tile of rows will read.
+        HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) __builtin_prefetch(a + (rows + i) * stride);
+        for (const int64_t stop = steps - step < line_steps ? steps : step + line_steps; step < stop;
+             ++step) {
+            typename P::Vector b[S::vectors];
+            HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v) b[v] = P::load(panel + v * lanes * P::depth);
+            HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
+                const typename P::Vector left = P::broadcast(a + i * stride);
+                HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v) acc[i][v] =
+                    P::multiply_add(left, b[v], acc[i][v]);
+            }
+            a += P::depth;
+            panel += S::columns * P::depth;
         }
-        a += P::depth;
-        panel += S::columns * P::depth;
     }
     HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
         HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v)
