@@ -4,10 +4,14 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <tuple>
+#include <vector>
 
 #include "codebook.hpp"
 #include "dispatch.hpp"
@@ -166,26 +170,25 @@ void adamw_step(int64_t tensors, uintptr_t table, float keep, float one_minus_be
                             threads);
 }
 
-void matmul_4bit(uintptr_t x, int64_t x_stride, int dtype, int64_t rows, uintptr_t packed, uintptr_t absmax,
-                 uintptr_t absmax_codes, uintptr_t nested_absmax, uintptr_t nested_codebook,
-                 float nested_offset, uintptr_t codebook, int64_t block_size, int64_t out_features,
-                 int64_t in_features, bool transposed, uintptr_t left, int64_t left_stride, uintptr_t right,
-                 int64_t rank, uint64_t seed, uint32_t threshold, uintptr_t y, int threads) {
-    const Weight4bit weight = {at<const uint8_t>(packed),
-                               at<const float>(absmax),
-                               at<const uint8_t>(absmax_codes),
-                               at<const float>(nested_absmax),
-                               at<const float>(nested_codebook),
-                               nested_offset,
-                               at<const float>(codebook),
-                               block_size,
-                               out_features,
-                               in_features};
-    begin_call().matmul_4bit({at<const void>(x),
-                              x_stride,
+// x, x_stride, packed, absmax, absmax_codes, nested_absmax, nested_offset, out_features
+using Term4bit = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, float, int64_t>;
+
+void matmul_4bit(const std::vector<Term4bit>& given, int dtype, int64_t rows, uintptr_t nested_codebook,
+                 uintptr_t codebook, int64_t block_size, int64_t in_features, bool transposed, uintptr_t left,
+                 int64_t left_stride, uintptr_t right, int64_t rank, uint64_t seed, uint32_t threshold,
+                 uintptr_t y, int threads) {
+    std::vector<Matmul4bitTerm> terms;
+    for (const auto& [x, x_stride, packed, absmax, absmax_codes, nested_absmax, nested_offset, out_features] :
+         given)
+        terms.push_back(
+            {at<const void>(x), x_stride,
+             Weight4bit{at<const uint8_t>(packed), at<const float>(absmax), at<const uint8_t>(absmax_codes),
+                        at<const float>(nested_absmax), at<const float>(nested_codebook), nested_offset,
+                        at<const float>(codebook), block_size, out_features, in_features}});
+    begin_call().matmul_4bit({terms.data(),
+                              static_cast<int64_t>(terms.size()),
                               static_cast<DType>(dtype),
                               rows,
-                              weight,
                               transposed,
                               at<const void>(left),
                               left_stride,

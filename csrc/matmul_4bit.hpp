@@ -23,8 +23,16 @@ struct Weight4bit {
     int64_t in_features;
 };
 
+constexpr int64_t most_terms = 8;
+
+struct Matmul4bitTerm {
+    const void* x;
+    int64_t x_stride;
+    Weight4bit weight;
+};
+
 //                forward                     transposed: the gradient to the input
-//   y            x · Wᵀ + left · rightᵀ      x · W + left · right
+//   y            x · Wᵀ + left · rightᵀ      Σ x · W + left · right
 //   x            (rows, in_features)         (rows, out_features)
 //   right        (out_features, rank)        (rank, in_features)
 //   y            (rows, out_features)        (rows, in_features)
@@ -33,11 +41,11 @@ struct Weight4bit {
 // `stride` values apart, `right` and `y` are dense. Where dtype is bf16, rows of `x` and `left` that have an
 // odd length are followed by a readable zero: values are taken in pairs.
 struct Matmul4bit {
-    const void* x;
-    int64_t x_stride;
+    const Matmul4bitTerm*
+        terms;  // one, or at most `most_terms` of the same in_features where they are summed
+    int64_t term_count;
     DType dtype;  // of x, left, right and y
     int64_t rows;
-    Weight4bit weight;
     bool transposed;
     const void* left;  // (rows, rank)
     int64_t left_stride;

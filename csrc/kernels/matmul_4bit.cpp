@@ -10,16 +10,21 @@ namespace {
 
 template <class P, class T>
 HALFBYTE_INLINE void matmul_of_type(const Matmul4bit& call, int threads) {
-    const int64_t out = call.weight.out_features, in = call.weight.in_features;
-    const int64_t depth = call.transposed ? out : in, columns = call.transposed ? in : out;
+    using Weight = QuantizedRows<P, T>;
+    Term<T, Weight4bit> terms[most_terms];
+    for (int64_t i = 0; i < call.term_count; ++i) {
+        const Matmul4bitTerm& given = call.terms[i];
+        terms[i] = {static_cast<const T*>(given.x), given.x_stride,
+                    call.transposed ? given.weight.out_features : given.weight.in_features, given.weight};
+    }
+    const Weight4bit& first = call.terms->weight;
+    const int64_t columns = call.transposed ? first.in_features : first.out_features;
     const int64_t right_stride = call.transposed ? columns : call.rank;
     run_product<P, WideTile>(
-        Product<T, T, QuantizedRows<P, T>>{
-            static_cast<const T*>(call.x), call.x_stride, call.rows, depth, columns,
-            QuantizedRows<P, T>(call.weight), call.transposed, Dropout{0, 0},
-            static_cast<const T*>(call.left), call.left_stride,
-            DenseRows<T>(call.right, right_stride, right_stride, Dropout{0, 0}), call.rank, call.dropout,
-            1.0f, static_cast<T*>(call.y), Grid{}, 0},
+        Product<T, T, Weight>{terms, call.term_count, call.rows, columns, call.transposed, Dropout{0, 0},
+                              static_cast<const T*>(call.left), call.left_stride,
+                              DenseRows<T>(call.right, right_stride, right_stride, Dropout{0, 0}), call.rank,
+                              call.dropout, 1.0f, static_cast<T*>(call.y), Grid{}, 0},
         threads);
 }
 

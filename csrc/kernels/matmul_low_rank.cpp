@@ -11,11 +11,11 @@ HALFBYTE_INLINE void matmul_of_shape(const MatmulLowRank& call, int threads) {
     const Dropout none = {0, 0};
     const int64_t row_length = call.transposed ? call.columns : call.depth;
     const DenseRows<T> w(call.w, call.w_stride, row_length, call.transposed ? call.dropout : none);
-    run_product<P, S>(
-        Product<T, Y, DenseRows<T>>{static_cast<const T*>(call.x), call.x_stride, call.rows, call.depth,
-                                    call.columns, w, call.transposed, call.transposed ? none : call.dropout,
-                                    nullptr, 0, w, 0, none, call.scale, static_cast<Y*>(call.y), Grid{}, 0},
-        threads);
+    const Term<T, DenseRows<T>> term{static_cast<const T*>(call.x), call.x_stride, call.depth, w};
+    run_product<P, S>(Product<T, Y, DenseRows<T>>{&term, 1, call.rows, call.columns, call.transposed,
+                                                  call.transposed ? none : call.dropout, nullptr, 0, w, 0,
+                                                  none, call.scale, static_cast<Y*>(call.y), Grid{}, 0},
+                      threads);
 }
 
 template <class P, class S, class T>

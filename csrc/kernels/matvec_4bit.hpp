@@ -14,7 +14,7 @@ constexpr int64_t matvec_rows = 8;
 
 HALFBYTE_INLINE bool is_matvec(const Matmul4bit& call) {
     return call.rows <= matvec_rows && !call.transposed && call.dropout.threshold == 0 &&
-           call.weight.in_features % chunk == 0;
+           call.terms->weight.in_features % chunk == 0;
 }
 
 template <class T>
@@ -42,15 +42,16 @@ HALFBYTE_INLINE float low_rank_sum(const T* left, const T* row, int64_t rank) {
 template <class P, class T, int rows>
 void matvec_range(void* context, int64_t begin, int64_t end) {
     const Matmul4bit& call = *static_cast<const Matmul4bit*>(context);
-    const T* const x = static_cast<const T*>(call.x);
+    const Matmul4bitTerm& term = *call.terms;
+    const T* const x = static_cast<const T*>(term.x);
     const T* const right = static_cast<const T*>(call.right);
     const T* const left = static_cast<const T*>(call.left);
     T* const y = static_cast<T*>(call.y);
-    const int64_t stride = call.x_stride, in = call.weight.in_features, out = call.weight.out_features;
+    const int64_t stride = term.x_stride, in = term.weight.in_features, out = term.weight.out_features;
     const int64_t rank = call.rank, chunks = in / chunk;
-    const bool paired = call.weight.block_size >= 2 * chunk && chunks % 2 == 0;
-    const uint8_t* const packed = call.weight.packed;
-    QuantizedRows<P, T> weight(call.weight);
+    const bool paired = term.weight.block_size >= 2 * chunk && chunks % 2 == 0;
+    const uint8_t* const packed = term.weight.packed;
+    QuantizedRows<P, T> weight(term.weight);
     for (int64_t column = begin; column < end; ++column) {
         // Two chunks at a time, of one block, with sums of their own: so that one product does not wait for
         // the last.
@@ -92,8 +93,8 @@ HALFBYTE_INLINE void matvec_of_type(const Matmul4bit& call, int threads) {
     constexpr void (*bodies[matvec_rows])(void*, int64_t, int64_t) = {
         matvec_range<P, T, 1>, matvec_range<P, T, 2>, matvec_range<P, T, 3>, matvec_range<P, T, 4>,
         matvec_range<P, T, 5>, matvec_range<P, T, 6>, matvec_range<P, T, 7>, matvec_range<P, T, 8>};
-    const int64_t columns_per_grain = 1 + values_per_grain / call.weight.in_features;
-    parallel_for(call.weight.out_features, columns_per_grain, threads, bodies[call.rows - 1],
+    const int64_t columns_per_grain = 1 + values_per_grain / call.terms->weight.in_features;
+    parallel_for(call.terms->weight.out_features, columns_per_grain, threads, bodies[call.rows - 1],
                  const_cast<Matmul4bit*>(&call));
 }
 

@@ -1,6 +1,6 @@
-// y = scale · (drop(x) · V + drop(left · right)), for a matrix V that panels can be filled from.
+// y = scale · (Σ drop(x) · V + drop(left · right)), for matrices V that panels can be filled from.
 //
-// A task is a block of rows times a block of columns of y. It walks the sum in blocks; for each it lays out
+// A task is a block of rows times a block of columns of y. It walks the sums in blocks; for each it lays out
 // the part of V that it needs as a panel that stays in cache, and multiplies every tile of its rows by it. A
 // weight that is expanded this way is never in memory as a whole. The low-rank term is so many more columns
 // of the sum, added while a tile's sums are still in the first-level cache.
@@ -39,13 +39,20 @@ HALFBYTE_INLINE Grid make_grid(int64_t rows, int64_t columns, int threads) {
     return {height, width, across, pieces(rows, height) * across};
 }
 
-template <class T, class Y, class Matrix>
-struct Product {
+template <class T, class Source>
+struct Term {
     const T* x;
     int64_t x_stride;
-    int64_t rows, depth, columns;
-    Matrix matrix;
-    bool along;    // columns of y run along the rows of the matrix
+    int64_t depth;
+    Source source;  // what a task makes its matrix of
+};
+
+template <class T, class Y, class Matrix>
+struct Product {
+    const Term<T, typename Matrix::Source>* terms;
+    int64_t term_count;
+    int64_t rows, columns;
+    bool along;    // columns of y run along the rows of the matrices
     Dropout drop;  // of x
     const T* left;
     int64_t left_stride;
@@ -118,6 +125,48 @@ void store_with_dropped(const float* sums, const float* low, int64_t rows, int64
     }
 }
 
+// A task: which part of y it makes, and where.
+template <class Y>
+struct Part {
+    int64_t first_row, first_column, rows, columns;
+    int64_t width;  // columns, rounded up to whole tiles
+    float* sums;
+    Y* y;
+};
+
+// Adds one block of the sum to the sums of a task's tiles; after the last block, stores them.
+template <class P, class S, class T, class Y, class Matrix>
+HALFBYTE_INLINE void multiply_block(const Product<T, Y, Matrix>& job, const Part<Y>& part, Left<P> a,
+                                    const typename P::Value* panel, int64_t count, bool fresh, bool last,
+                                    Left<P> low, const typename P::Value* low_panel) {
+    const int64_t rank_room = round_up(job.rank, lanes * P::depth), steps = pieces(count, P::depth);
+    for (int64_t i = 0; i < part.rows; i += S::rows) {
+        const int64_t tall = least(S::rows, part.rows - i);
+        const MultiplyTile<P> multiply_them = multiply_tiles<P, S>[tall - 1];
+        for (int64_t c = 0; c < part.columns; c += S::columns) {
+            float* const tile = part.sums + i * part.width + c / S::columns * S::sums;
+            multiply_them(a.values + i * a.stride, a.stride, panel + c * padded_steps<P>(count) * P::depth,
+                          steps, tile, fresh);
+            if (!last) continue;
+            Y* const out = part.y + i * job.columns + c;
+            if (job.rank > 0 && job.low_drop.threshold != 0) {
+                alignas(64) float low_tile[S::sums];
+                multiply_them(low.values + i * low.stride, low.stride, low_panel + c * rank_room,
+                              pieces(job.rank, P::depth), low_tile, true);
+                store_with_dropped<P, S>(tile, low_tile, tall, part.columns - c, job.scale,
+                                         part.first_row + i, part.first_column + c, job.columns, job.low_drop,
+                                         out);
+                continue;
+            }
+            if (job.rank > 0)
+                multiply_them(low.values + i * low.stride, low.stride, low_panel + c * rank_room,
+                              pieces(job.rank, P::depth), tile, false);
+            for (int64_t r = 0; r < tall; ++r)
+                store_row<P, S>(tile + r * S::columns, job.scale, part.columns - c, out + r * job.columns);
+        }
+    }
+}
+
 template <class P, class S, class T, class Y, class Matrix>
 void run_task(Product<T, Y, Matrix>& job, int64_t task) {
     using Value = typename P::Value;
@@ -126,10 +175,12 @@ void run_task(Product<T, Y, Matrix>& job, int64_t task) {
     const int64_t rows = least(job.grid.rows, job.rows - first_row);
     const int64_t columns = least(job.grid.columns, job.columns - first_column);
     const int64_t width = round_up(columns, S::columns);
-    Y* const y = job.y + first_row * job.columns + first_column;
 
     const bool copies = sizeof(T) != sizeof(Value) || job.drop.threshold != 0;
-    const int64_t block = least(P::depth_block, round_up(job.depth, lanes * P::depth));
+    int64_t deepest = 0;
+    for (int64_t t = 0; t < job.term_count; ++t)
+        if (job.terms[t].depth > deepest) deepest = job.terms[t].depth;
+    const int64_t block = least(P::depth_block, round_up(deepest, lanes * P::depth));
     const int64_t rank_room = round_up(job.rank, lanes * P::depth);
     const int64_t sums_size = round_up(rows, S::rows) * width;
     float* const sums = static_cast<float*>(thread_buffer(
@@ -140,43 +191,25 @@ void run_task(Product<T, Y, Matrix>& job, int64_t task) {
     Value* const copy = low_panel + rank_room * width;
     Value* const low_copy = copy + block * rows;
 
-    Matrix matrix = job.matrix;
+    const Part<Y> part = {
+        first_row, first_column, rows, columns, width, sums, job.y + first_row * job.columns + first_column};
     DenseRows<T> right = job.right;
-    for (int64_t begin = 0; begin < job.depth; begin += block) {
-        const int64_t count = least(block, job.depth - begin), steps = pieces(count, P::depth);
-        const bool last = begin + count == job.depth;
-        fill_panel<P, S>(job.along, matrix, begin, count, first_column, columns, panel);
-        const auto a =
-            left_operand<P>(job.x, job.x_stride, first_row, rows, begin, count, job.depth, job.drop, copy);
-        auto low = a;
-        if (last && job.rank > 0) {
-            fill_panel<P, S>(job.along, right, 0, job.rank, first_column, columns, low_panel);
-            low = left_operand<P>(job.left, job.left_stride, first_row, rows, 0, job.rank, job.rank,
-                                  Dropout{0, 0}, low_copy);
-        }
-        for (int64_t i = 0; i < rows; i += S::rows) {
-            const int64_t tall = least(S::rows, rows - i);
-            const MultiplyTile<P> multiply_them = multiply_tiles<P, S>[tall - 1];
-            for (int64_t c = 0; c < columns; c += S::columns) {
-                float* const tile = sums + i * width + c / S::columns * S::sums;
-                multiply_them(a.values + i * a.stride, a.stride,
-                              panel + c * padded_steps<P>(count) * P::depth, steps, tile, begin == 0);
-                if (!last) continue;
-                Y* const out = y + i * job.columns + c;
-                if (job.rank > 0 && job.low_drop.threshold != 0) {
-                    alignas(64) float low_tile[S::sums];
-                    multiply_them(low.values + i * low.stride, low.stride, low_panel + c * rank_room,
-                                  pieces(job.rank, P::depth), low_tile, true);
-                    store_with_dropped<P, S>(tile, low_tile, tall, columns - c, job.scale, first_row + i,
-                                             first_column + c, job.columns, job.low_drop, out);
-                    continue;
-                }
-                if (job.rank > 0)
-                    multiply_them(low.values + i * low.stride, low.stride, low_panel + c * rank_room,
-                                  pieces(job.rank, P::depth), tile, false);
-                for (int64_t r = 0; r < tall; ++r)
-                    store_row<P, S>(tile + r * S::columns, job.scale, columns - c, out + r * job.columns);
+    for (const auto* term = job.terms; term != job.terms + job.term_count; ++term) {
+        Matrix matrix(term->source);
+        for (int64_t begin = 0; begin < term->depth; begin += block) {
+            const int64_t count = least(block, term->depth - begin);
+            const bool fresh = term == job.terms && begin == 0;
+            const bool last = term + 1 == job.terms + job.term_count && begin + count == term->depth;
+            fill_panel<P, S>(job.along, matrix, begin, count, first_column, columns, panel);
+            const auto a = left_operand<P>(term->x, term->x_stride, first_row, rows, begin, count,
+                                           term->depth, job.drop, copy);
+            auto low = a;
+            if (last && job.rank > 0) {
+                fill_panel<P, S>(job.along, right, 0, job.rank, first_column, columns, low_panel);
+                low = left_operand<P>(job.left, job.left_stride, first_row, rows, 0, job.rank, job.rank,
+                                      Dropout{0, 0}, low_copy);
             }
+            multiply_block<P, S>(job, part, a, panel, count, fresh, last, low, low_panel);
         }
     }
 }

@@ -6,7 +6,7 @@ saved with an adapter, so it is registered again on load.
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.huggingface.shared_input import SharedInput, find_shared_inputs
 from halfbyte.huggingface.source import reason
-from halfbyte.nn import Linear4bit, lora_linear
+from halfbyte.nn import Linear4bit, lora_linears
 from halfbyte.quant import QuantizedTensor, quantize_4bit
 
 # PEFT's initial values that do not look at the base weight.
@@ -35,6 +36,7 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
     def __init__(self, base_layer: Linear4bit, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
         self._before_merge: list[QuantizedTensor] = []
+        self.shared_input: SharedInput | None = None  # with the layers beside it, once that is found
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """As PEFT's, for adapters that do not begin with numbers of the base weight: PEFT would read its codes."""
@@ -52,19 +54,20 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
         if adapter is None:
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
-        base = self.get_base_layer()
-        dropout = self.lora_dropout[adapter]
-        y = lora_linear(
-            x.to(base.compute_dtype),
-            base.quantized,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            self.scaling[adapter],
-            getattr(dropout, "p", 0.0) if self.training else 0.0,
-        )
-        if base.bias is not None:
-            y = y + base.bias.to(y.dtype)
-        return y.to(x.dtype)
+        if self.shared_input is None or len({layer._alike() for layer in self.shared_input.layers}) > 1:
+            return _forward_of_all([self], x)[0]
+        return self.shared_input.output_of(self, x, _forward_of_all)
+
+    def _alike(self) -> tuple[Any, ...] | None:
+        """In what layers that are computed together have to agree; None where this one cannot be."""
+        adapter, base = self._plain_adapter({}), self.get_base_layer()
+        if adapter is None:
+            return None
+        stored = base.quant_type, base.block_size, base.double_quant, base.compute_dtype
+        return adapter, self.scaling[adapter], self._drop_probability(adapter), *stored
+
+    def _drop_probability(self, adapter: str) -> float:
+        return getattr(self.lora_dropout[adapter], "p", 0.0) if self.training else 0.0
 
     def _plain_adapter(self, kwargs: dict[str, Any]) -> str | None:
         """The adapter, where there is just one and it is plain LoRA; PEFT's own forward serves the rest."""
@@ -103,6 +106,23 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
             self.merged_adapters.clear()
 
 
+def _forward_of_all(layers: Sequence[LoraLinear4bit], x: Tensor) -> list[Tensor]:
+    """What layers that are alike make of one input."""
+    adapter = layers[0]._plain_adapter({})
+    assert adapter is not None, "whoever calls this has asked"
+    bases = [layer.get_base_layer() for layer in layers]
+    ys = lora_linears(
+        x.to(bases[0].compute_dtype),
+        [base.quantized for base in bases],
+        [(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight) for layer in layers],
+        layers[0].scaling[adapter],
+        layers[0]._drop_probability(adapter),
+    )
+    return [
+        (y if base.bias is None else y + base.bias.to(y.dtype)).to(x.dtype) for y, base in zip(ys, bases, strict=True)
+    ]
+
+
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Freeze the model and put LoRA layers on it: `add_lora(model, LoraConfig(r=16, target_modules="all-linear"))`.
 
@@ -114,9 +134,11 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     _register(config)
     try:
         with _quiet_peft():
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
     except (ValueError, re.error) as error:
         raise HalfbyteError(f"target_modules does not fit the model: {reason(error)}.") from error
+    _share_inputs(adapted)
+    return adapted
 
 
 def load_adapter(model: PreTrainedModel, directory: Path | str, is_trainable: bool = False) -> PeftModel:
@@ -140,6 +162,7 @@ def load_adapter(model: PreTrainedModel, directory: Path | str, is_trainable: bo
     for name, tensor in saved.items():
         if not tensor.isfinite().all():
             raise HalfbyteError(f"{directory}: the adapter's {name} holds a NaN or an infinity.")
+    _share_inputs(adapted)
     return adapted
 
 
@@ -156,6 +179,13 @@ def read_adapter_config(directory: Path | str) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise HalfbyteError(f"{directory}/adapter_config.json: {config.peft_type} is not LoRA, which alone is read.")
     return config
+
+
+def _share_inputs(model: PeftModel) -> None:
+    for layers in find_shared_inputs(model, LoraLinear4bit):
+        group = SharedInput(layers)
+        for layer in group.layers:
+            layer.shared_input = group
 
 
 def _register(config: LoraConfig) -> None:

@@ -3,7 +3,7 @@
 from halfbyte.nn.attention import attention
 from halfbyte.nn.gated import gated, gated_halves
 from halfbyte.nn.linear4bit import Linear4bit
-from halfbyte.nn.lora import lora_linear
+from halfbyte.nn.lora import lora_linear, lora_linears
 from halfbyte.nn.loss import (
     LogitTransform,
     count_supervised,
@@ -25,6 +25,7 @@ __all__ = [
     "linear_cross_entropy",
     "logit_transform",
     "lora_linear",
+    "lora_linears",
     "rms_norm",
     "rotate_queries_and_keys",
     "supervised_loss",

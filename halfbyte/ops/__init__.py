@@ -19,6 +19,7 @@ from halfbyte.ops.gated import ACTIVATIONS, gated, gated_backward
 from halfbyte.ops.layer_norm import layer_norm, layer_norm_backward
 from halfbyte.ops.linear_cross_entropy import linear_cross_entropy
 from halfbyte.ops.matmul_4bit import Nested, matmul_4bit
+from halfbyte.ops.matmul_4bit_sum import Term, matmul_4bit_sum
 from halfbyte.ops.matmul_low_rank import matmul_low_rank
 from halfbyte.ops.quantize_4bit import quantize_4bit
 from halfbyte.ops.quantize_8bit import quantize_8bit
@@ -32,6 +33,7 @@ __all__ = [
     "Dropout",
     "Implementation",
     "Nested",
+    "Term",
     "active_implementation",
     "adamw_step",
     "attention",
@@ -47,6 +49,7 @@ __all__ = [
     "layer_norm_backward",
     "linear_cross_entropy",
     "matmul_4bit",
+    "matmul_4bit_sum",
     "matmul_low_rank",
     "quantize_4bit",
     "quantize_8bit",

