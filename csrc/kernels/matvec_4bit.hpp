@@ -11,6 +11,7 @@ namespace halfbyte::HALFBYTE_ISA {
 namespace {
 
 constexpr int64_t matvec_rows = 8;
+constexpr int64_t codes_ahead = 1024;  // bytes; those of the rows that follow, which lie behind this one
 
 HALFBYTE_INLINE bool is_matvec(const Matmul4bit& call) {
     return call.rows <= matvec_rows && !call.transposed && call.dropout.threshold == 0 &&
@@ -39,6 +40,42 @@ HALFBYTE_INLINE float low_rank_sum(const T* left, const T* row, int64_t rank) {
     return reduce_add(sum);
 }
 
+// sums[m] = row · x[m]: two chunks at a time, of one block, with sums of their own, so that one product does
+// not wait for the last. Rows are whole chunks.
+template <class P, class T, int rows>
+HALFBYTE_INLINE void matvec_row(QuantizedRows<P, T>& weight, int64_t row, const T* x, int64_t stride,
+                                float* sums) {
+    const int64_t first = row * weight.weight_.in_features, chunks = weight.weight_.in_features / chunk;
+    const bool paired = weight.weight_.block_size >= 2 * chunk && chunks % 2 == 0;
+    const uint8_t* const codes = weight.weight_.packed + first / 2;
+    F32 halves[2][rows];
+    HALFBYTE_UNROLL for (int m = 0; m < rows; ++m) halves[0][m] = halves[1][m] = zero();
+    const auto add_chunk = [&](int64_t c, F32* chunk_sums) __attribute__((always_inline)) {
+        alignas(64) T values[chunk];
+        weight.table_.expand32(codes + c * (chunk / 2), values);
+        HALFBYTE_UNROLL for (int64_t v = 0; v < chunk; v += lanes * P::depth) {
+            const typename P::Vector w = P::load(values + v);
+            HALFBYTE_UNROLL for (int m = 0; m < rows; ++m) chunk_sums[m] =
+                P::multiply_add(w, P::load(x + m * stride + c * chunk + v), chunk_sums[m]);
+        }
+    };
+    if (paired) {
+        for (int64_t c = 0; c < chunks; c += 2) {
+            __builtin_prefetch(codes + c * (chunk / 2) + codes_ahead);
+            weight.table_.scale(weight.scale_of((first + c * chunk) >> weight.block_shift_));
+            add_chunk(c, halves[0]);
+            add_chunk(c + 1, halves[1]);
+        }
+    } else {
+        for (int64_t c = 0; c < chunks; ++c) {
+            weight.table_.scale(weight.scale_of((first + c * chunk) >> weight.block_shift_));
+            add_chunk(c, halves[0]);
+        }
+    }
+    for (int m = 0; m < rows; ++m)
+        sums[m] = reduce_add(multiply_add(halves[0][m], broadcast(1.0f), halves[1][m]));
+}
+
 template <class P, class T, int rows>
 void matvec_range(void* context, int64_t begin, int64_t end) {
     const Matmul4bit& call = *static_cast<const Matmul4bit*>(context);
@@ -47,43 +84,14 @@ void matvec_range(void* context, int64_t begin, int64_t end) {
     const T* const right = static_cast<const T*>(call.right);
     const T* const left = static_cast<const T*>(call.left);
     T* const y = static_cast<T*>(call.y);
-    const int64_t stride = term.x_stride, in = term.weight.in_features, out = term.weight.out_features;
-    const int64_t rank = call.rank, chunks = in / chunk;
-    const bool paired = term.weight.block_size >= 2 * chunk && chunks % 2 == 0;
-    const uint8_t* const packed = term.weight.packed;
+    const int64_t out = term.weight.out_features, rank = call.rank;
     QuantizedRows<P, T> weight(term.weight);
     for (int64_t column = begin; column < end; ++column) {
-        // Two chunks at a time, of one block, with sums of their own: so that one product does not wait for
-        // the last.
-        F32 sums[2][rows];
-        HALFBYTE_UNROLL for (int m = 0; m < rows; ++m) sums[0][m] = sums[1][m] = zero();
-        const int64_t first = column * in;
-        const uint8_t* const codes = packed + first / 2;
-        const auto add_chunk = [&](int64_t c, F32* chunk_sums) __attribute__((always_inline)) {
-            alignas(64) T values[chunk];
-            weight.table_.expand32(codes + c * (chunk / 2), values);
-            HALFBYTE_UNROLL for (int64_t v = 0; v < chunk; v += lanes * P::depth) {
-                const typename P::Vector w = P::load(values + v);
-                HALFBYTE_UNROLL for (int m = 0; m < rows; ++m) chunk_sums[m] =
-                    P::multiply_add(w, P::load(x + m * stride + c * chunk + v), chunk_sums[m]);
-            }
-        };
-        if (paired) {
-            for (int64_t c = 0; c < chunks; c += 2) {
-                weight.table_.scale(weight.scale_of((first + c * chunk) >> weight.block_shift_));
-                add_chunk(c, sums[0]);
-                add_chunk(c + 1, sums[1]);
-            }
-        } else {
-            for (int64_t c = 0; c < chunks; ++c) {
-                weight.table_.scale(weight.scale_of((first + c * chunk) >> weight.block_shift_));
-                add_chunk(c, sums[0]);
-            }
-        }
+        float sums[rows];
+        matvec_row<P, T, rows>(weight, column, x, term.x_stride, sums);
         for (int m = 0; m < rows; ++m) {
-            float sum = reduce_add(multiply_add(sums[0][m], broadcast(1.0f), sums[1][m]));
-            if (rank > 0) sum += low_rank_sum(left + m * call.left_stride, right + column * rank, rank);
-            y[m * out + column] = rounded<T>(sum);
+            if (rank > 0) sums[m] += low_rank_sum(left + m * call.left_stride, right + column * rank, rank);
+            y[m * out + column] = rounded<T>(sums[m]);
         }
     }
 }
