@@ -257,6 +257,71 @@ int64_t attention_backward_workspace_bytes(const Shape& shape, int threads) {
     return selected.load()->attention_backward_workspace_bytes(shape_of(shape), threads);
 }
 
+// A model for decode_token: sizes, then layer after layer its norms and seven linear layers, then steps.
+class DecodeModel {
+  public:
+    DecodeModel(int64_t hidden, int64_t intermediate, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                int64_t vocabulary, float epsilon, float attention_scale, uintptr_t final_norm,
+                uintptr_t head) {
+        token_.hidden = hidden;
+        token_.intermediate = intermediate;
+        token_.heads = heads;
+        token_.kv_heads = kv_heads;
+        token_.head_dim = head_dim;
+        token_.vocabulary = vocabulary;
+        token_.epsilon = epsilon;
+        token_.attention_scale = attention_scale;
+        token_.final_norm = at<const float>(final_norm);
+        token_.head = at<const bf16>(head);
+    }
+
+    void add_layer(uintptr_t attention_norm, uintptr_t mlp_norm, uintptr_t query_norm, uintptr_t key_norm) {
+        layers_.push_back({at<const float>(attention_norm),
+                           at<const float>(mlp_norm),
+                           at<const float>(query_norm),
+                           at<const float>(key_norm),
+                           {}});
+        linears_ = 0;
+    }
+
+    // Of the last layer: query, key, value, output, gate, up, down, in this order.
+    void add_linear(uintptr_t packed, uintptr_t absmax, uintptr_t absmax_codes, uintptr_t nested_absmax,
+                    uintptr_t nested_codebook, float nested_offset, uintptr_t codebook, int64_t block_size,
+                    int64_t out_features, int64_t in_features, uintptr_t bias, uintptr_t lora_a,
+                    uintptr_t lora_b, int64_t rank) {
+        layers_.back().linears[linears_++] = {
+            {at<const uint8_t>(packed), at<const float>(absmax), at<const uint8_t>(absmax_codes),
+             at<const float>(nested_absmax), at<const float>(nested_codebook), nested_offset,
+             at<const float>(codebook), block_size, out_features, in_features},
+            at<const float>(bias),
+            at<const bf16>(lora_a),
+            at<const bf16>(lora_b),
+            rank};
+        if (rank > token_.most_rank) token_.most_rank = rank;
+    }
+
+    void step(uintptr_t embedding, uintptr_t cos, uintptr_t sin, uintptr_t keys, uintptr_t values,
+              int64_t capacity, int64_t position, uintptr_t logits, int threads) const {
+        DecodeToken token = token_;
+        token.layers = layers_.data();
+        token.layer_count = static_cast<int64_t>(layers_.size());
+        token.embedding = at<const bf16>(embedding);
+        token.cos = at<const float>(cos);
+        token.sin = at<const float>(sin);
+        token.keys = at<bf16>(keys);
+        token.values = at<bf16>(values);
+        token.capacity = capacity;
+        token.position = position;
+        token.logits = at<float>(logits);
+        begin_call().decode_token(token, threads);
+    }
+
+  private:
+    DecodeToken token_ = {};
+    std::vector<DecodeLayer> layers_;
+    int linears_ = 0;
+};
+
 }  // namespace
 }  // namespace halfbyte
 
@@ -288,4 +353,11 @@ NB_MODULE(_C, m) {
     m.def("attention_backward", &halfbyte::attention_backward, unlocked());
     m.def("attention_workspace_bytes", &halfbyte::attention_workspace_bytes);
     m.def("attention_backward_workspace_bytes", &halfbyte::attention_backward_workspace_bytes);
+
+    nb::class_<halfbyte::DecodeModel>(m, "DecodeModel")
+        .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, uintptr_t,
+                      uintptr_t>())
+        .def("add_layer", &halfbyte::DecodeModel::add_layer)
+        .def("add_linear", &halfbyte::DecodeModel::add_linear)
+        .def("step", &halfbyte::DecodeModel::step, unlocked());
 }

@@ -74,6 +74,7 @@ struct Dequantize8bit {
 }  // namespace halfbyte
 
 #include "block.hpp"
+#include "decode.hpp"
 #include "matmul_4bit.hpp"
 
 namespace halfbyte {
@@ -99,6 +100,7 @@ struct Kernels {
     void (*attention_backward)(const AttentionBackward&, int threads);
     int64_t (*attention_workspace_bytes)(const AttentionShape&);
     int64_t (*attention_backward_workspace_bytes)(const AttentionShape&, int threads);
+    void (*decode_token)(const DecodeToken&, int threads);
 };
 
 }  // namespace halfbyte

@@ -8,6 +8,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <thread>
 
 #ifdef HALFBYTE_WITH_GOMP
 extern "C" {
@@ -38,6 +39,16 @@ void run_share(void* data) {
     if (begin < end) job.body(job.context, begin, end);
 }
 
+struct Team {
+    void (*body)(void*, int, int);
+    void* context;
+};
+
+void run_member(void* data) {
+    const Team& team = *static_cast<const Team*>(data);
+    team.body(team.context, omp_get_thread_num(), omp_get_num_threads());
+}
+
 }  // namespace
 #endif
 
@@ -56,6 +67,26 @@ void parallel_for(int64_t tasks, int64_t grain, int threads, void (*body)(void*,
     (void)team;
 #endif
     body(context, 0, tasks);
+}
+
+void run_team(int threads, void (*body)(void*, int, int), void* context) {
+#ifdef HALFBYTE_WITH_GOMP
+    if (threads > 1) {
+        Team team{body, context};
+        GOMP_parallel(run_member, &team, static_cast<unsigned>(threads), 0);
+        return;
+    }
+#else
+    (void)threads;
+#endif
+    body(context, 0, 1);
+}
+
+void wait_until(const int64_t* counter, int64_t count) {
+    // Whom we wait for may have lost its core to another process, perhaps to us.
+    constexpr int patience = 20000;
+    for (int spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < count; ++spins)
+        if (spins > patience) std::this_thread::yield();
 }
 
 namespace {

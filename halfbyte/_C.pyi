@@ -195,3 +195,51 @@ def attention_backward(
 ) -> None: ...
 def attention_workspace_bytes(shape: _Shape, /) -> int: ...
 def attention_backward_workspace_bytes(shape: _Shape, threads: int, /) -> int: ...
+
+class DecodeModel:
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        vocabulary: int,
+        epsilon: float,
+        attention_scale: float,
+        final_norm: int,
+        head: int,
+        /,
+    ) -> None: ...
+    def add_layer(self, attention_norm: int, mlp_norm: int, query_norm: int, key_norm: int, /) -> None: ...
+    def add_linear(
+        self,
+        packed: int,
+        absmax: int,
+        absmax_codes: int,
+        nested_absmax: int,
+        nested_codebook: int,
+        nested_offset: float,
+        codebook: int,
+        block_size: int,
+        out_features: int,
+        in_features: int,
+        bias: int,
+        lora_a: int,
+        lora_b: int,
+        rank: int,
+        /,
+    ) -> None: ...
+    def step(
+        self,
+        embedding: int,
+        cos: int,
+        sin: int,
+        keys: int,
+        values: int,
+        capacity: int,
+        position: int,
+        logits: int,
+        threads: int,
+        /,
+    ) -> None: ...

@@ -26,6 +26,7 @@ const Kernels kernels = {
     attention_backward,
     attention_workspace_bytes,
     attention_backward_workspace_bytes,
+    decode_token,
 };
 
 }  // namespace halfbyte::HALFBYTE_ISA

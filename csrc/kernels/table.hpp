@@ -22,6 +22,7 @@ void attention(const Attention&, int threads);
 void attention_backward(const AttentionBackward&, int threads);
 int64_t attention_workspace_bytes(const AttentionShape&);
 int64_t attention_backward_workspace_bytes(const AttentionShape&, int threads);
+void decode_token(const DecodeToken&, int threads);
 
 extern const Kernels kernels;
 

@@ -13,6 +13,7 @@ from halfbyte.ops._dropout import Dropout
 from halfbyte.ops.adamw_step import adamw_step
 from halfbyte.ops.attention import attention
 from halfbyte.ops.attention_backward import attention_backward
+from halfbyte.ops.decode_token import DecodeLayer, DecodeLinear, DecodeModel, decode_token
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
 from halfbyte.ops.dequantize_8bit import dequantize_8bit
 from halfbyte.ops.gated import ACTIVATIONS, gated, gated_backward
@@ -30,6 +31,9 @@ __all__ = [
     "ACTIVATIONS",
     "ENVIRONMENT_VARIABLE",
     "FLOAT_DTYPES",
+    "DecodeLayer",
+    "DecodeLinear",
+    "DecodeModel",
     "Dropout",
     "Implementation",
     "Nested",
@@ -39,6 +43,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "available_implementations",
+    "decode_token",
     "dequantize_4bit",
     "dequantize_8bit",
     "executed_implementation",

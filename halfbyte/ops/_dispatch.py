@@ -51,6 +51,7 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("rms_norm", "cpu"): (*NATIVE, "reference"),
     ("rms_norm_backward", "cpu"): (*NATIVE, "reference"),
     ("rotary", "cpu"): (*NATIVE, "reference"),
+    ("decode_token", "cpu"): (*NATIVE, "reference"),
 }
 
 # Ops that live in the folder of another: each of these is short, and reads best beside its forward.

@@ -100,8 +100,9 @@ def _fastest(call: Call) -> float:
 
 
 def _cases(values: int) -> list[_Case]:
-    blocks = [*_norms(values), *_gates(values), _rotary(values), _loss(values)]
-    return [*_quantization(values), _product(values), _low_rank(values), *_attention(values), *blocks, _adamw(values)]
+    products = [_product(values), _low_rank(values), *_attention(values), _decode(values)]
+    blocks = [*_norms(values), *_gates(values), _rotary(values), _loss(values), _adamw(values)]
+    return [*_quantization(values), *products, *blocks]
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -275,3 +276,31 @@ def _adamw(values: int) -> _Case:
         return call
 
     return _Case("adamw_step", n, make)
+
+
+def _decode(values: int) -> _Case:
+    """A layer and an output layer, after seven tokens; throughput in weights."""
+    hidden, heads, kv_heads, head_dim = 193, 4, 2, 24
+    intermediate = values // (3 * hidden) + 1
+    queries, cached = heads * head_dim, kv_heads * head_dim
+    nf4 = torch.tensor(CODEBOOKS["nf4"])
+
+    def linear(out: int, into: int) -> ops.DecodeLinear:
+        with ops.forced_implementation(REFERENCE):
+            packed, absmax = ops.quantize_4bit(_random(out, into, seed=out) * into**-0.5, nf4, 64)
+        return ops.DecodeLinear(packed, absmax, None, nf4, 64, (out, into), None, None)
+
+    norm = torch.ones(hidden)
+    attention = linear(queries, hidden), linear(cached, hidden), linear(cached, hidden), linear(hidden, queries)
+    mlp = linear(intermediate, hidden), linear(intermediate, hidden), linear(hidden, intermediate)
+    layer = ops.DecodeLayer(norm, norm, *attention, *mlp)
+    embedding = _random(577, hidden).bfloat16()
+    scale = float(head_dim) ** -0.5
+    model = ops.DecodeModel((layer,), norm, embedding, embedding, heads, kv_heads, head_dim, 1e-5, scale)
+    cache, angle = _random(2, 1, kv_heads, 8, head_dim), _random(head_dim // 2, seed=1).repeat(2)
+
+    def make(dtype: torch.dtype) -> Call:
+        keys, values = cache.to(dtype)
+        return lambda: (ops.decode_token(model, 3, angle.cos(), angle.sin(), keys, values, 7),)
+
+    return _Case("decode_token", 3 * hidden * intermediate, make)
