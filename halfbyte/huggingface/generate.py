@@ -1,11 +1,15 @@
-"""Text from a model, by transformers' own generation."""
+"""Text from a model, by transformers' own generation; a single prompt by the fast decoder where there is one."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation import GenerationMode
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.huggingface.decode import fast_decoder
 
 
 @torch.no_grad()
@@ -32,14 +36,16 @@ def generate_texts(
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded], device=model.device)
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    streamer = _Streamer(tokenizer, stream) if stream else None
     output = model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         eos_token_id=_end_token_ids(model, tokenizer),
-        streamer=_Streamer(tokenizer, stream) if stream else None,
+        streamer=streamer,
         **(sampling if temperature else {**sampling, "temperature": None, "top_p": None, "top_k": None}),
+        **_fast_decoding(model, width + max_new_tokens, streamer) if len(prompts) == 1 else {},
     )
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in output[:, width:]]
 
@@ -53,6 +59,20 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if not ids:
         raise HalfbyteError("The prompt is empty: there is nothing to go on from.")
     return ids
+
+
+def _fast_decoding(model: PreTrainedModel, longest: int, streamer: TextStreamer | None) -> dict[str, Any]:
+    """The arguments of `model.generate` for the fast decoder; none where it cannot do what would be done."""
+    settings = model.generation_config
+    # A function of ours takes the place of whatever way of searching the model's own settings ask for.
+    one_by_one = settings.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    if not one_by_one or settings.return_dict_in_generate:
+        return {}
+    decoder = fast_decoder(model)
+    if decoder is None or (decoder.longest is not None and longest > decoder.longest):
+        return {}
+    # transformers keeps the streamer from a function of ours, but for the prompt.
+    return {"custom_generate": partial(decoder.generate, streamer=streamer)}
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
