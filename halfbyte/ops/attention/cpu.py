@@ -7,6 +7,7 @@ from torch import Tensor
 
 from halfbyte import _C
 from halfbyte.ops._checks import FLOAT_DTYPES
+from halfbyte.ops._memory import empty
 
 
 def attention(
@@ -17,9 +18,9 @@ def attention(
     shape = shape_of(q, k)
     if segment_start is not None:
         segment_start = segment_start.contiguous()
-    out = torch.empty((batch, queries, heads, head_dim), dtype=q.dtype, device="cpu")
+    out = empty((batch, queries, heads, head_dim), q.dtype)
     logsumexp = torch.empty((batch, heads, queries), dtype=torch.float32, device="cpu")
-    workspace = torch.empty(_C.attention_workspace_bytes(shape), dtype=torch.uint8, device="cpu")
+    workspace = empty((_C.attention_workspace_bytes(shape),), torch.uint8)
     _C.attention(
         shape,
         FLOAT_DTYPES.index(q.dtype),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from halfbyte import _C
 from halfbyte.ops._checks import FLOAT_DTYPES
+from halfbyte.ops._memory import empty
 from halfbyte.ops.attention.cpu import readable, rows_of, shape_of
 
 
@@ -27,8 +28,8 @@ def attention_backward(
     if segment_start is not None:
         segment_start = segment_start.contiguous()
     shape, threads = shape_of(q, k), torch.get_num_threads()
-    dq, dk, dv = (torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (q, k, v))
-    workspace = torch.empty(_C.attention_backward_workspace_bytes(shape, threads), dtype=torch.uint8, device="cpu")
+    dq, dk, dv = (empty(x.transpose(1, 2).shape, x.dtype) for x in (q, k, v))
+    workspace = empty((_C.attention_backward_workspace_bytes(shape, threads),), torch.uint8)
     _C.attention_backward(
         shape,
         FLOAT_DTYPES.index(q.dtype),

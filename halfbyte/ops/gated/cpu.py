@@ -7,13 +7,14 @@ from torch import Tensor
 
 from halfbyte import _C
 from halfbyte.ops import _checks
+from halfbyte.ops._memory import empty
 from halfbyte.ops.gated import ACTIVATIONS
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     gate, gate_stride = _rows(gate)
     up, up_stride = _rows(up)
-    out = torch.empty(gate.shape, dtype=gate.dtype, device="cpu")
+    out = empty(gate.shape, gate.dtype)
     _C.gated_forward(
         gate.data_ptr(),
         up.data_ptr(),
@@ -35,7 +36,7 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str, pack
     up, up_stride = _rows(up)
     rows, columns = _checks.row_count(gate), gate.shape[-1]
     shape = (*gate.shape[:-1], 2 * columns) if packed else (2, *gate.shape)
-    grads = torch.empty(shape, dtype=gate.dtype, device="cpu")
+    grads = empty(shape, gate.dtype)
     second = (columns if packed else rows * columns) * grads.element_size()
     _C.gated_backward(
         grad.data_ptr(),

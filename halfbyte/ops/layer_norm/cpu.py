@@ -7,13 +7,14 @@ from torch import Tensor
 
 from halfbyte import _C
 from halfbyte.ops import _checks
+from halfbyte.ops._memory import empty
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     rows = _checks.row_count(x)
-    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    y = empty(x.shape, x.dtype)
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device="cpu") for _ in range(2))
     _C.norm_forward(
         x.data_ptr(),
@@ -35,7 +36,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tu
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     mean, rstd = mean.contiguous(), rstd.contiguous()
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    grad_x = empty(x.shape, x.dtype)
     _C.norm_backward(
         grad.data_ptr(),
         x.data_ptr(),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from halfbyte import _C
 from halfbyte.ops import _checks
+from halfbyte.ops._memory import empty
 
 # Of logits at a time. More rows a chunk mean that the weight is read less often; beyond this it no longer shows.
 CHUNK_BYTES = 32 << 20
@@ -26,12 +27,12 @@ def linear_cross_entropy(
     (n, h), vocabulary, dtype = hidden.shape, weight.shape[0], hidden.dtype
     has_bias_grad = needs_weight_grad and bias is not None
     losses = torch.empty(n, dtype=torch.float32, device="cpu")
-    grad_hidden = torch.empty((n, h) if needs_grad else 0, dtype=dtype, device="cpu")
+    grad_hidden = empty((n, h) if needs_grad else (0,), dtype)
     grad_weight = torch.zeros(weight.shape if needs_weight_grad else 0, dtype=torch.float32, device="cpu")
     grad_bias = torch.zeros(vocabulary if has_bias_grad else 0, dtype=torch.float32, device="cpu")
     chunks = max(1, -(-n * vocabulary * dtype.itemsize // CHUNK_BYTES))
     rows = max(1, -(-n // chunks))  # all chunks alike, for a short last one would waste its reading of the weight
-    buffer = torch.empty(rows, vocabulary, dtype=dtype, device="cpu")
+    buffer = empty((rows, vocabulary), dtype)
     for start in range(0, n, rows):
         part = hidden[start : start + rows]
         logits = buffer[: len(part)]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from halfbyte import _C
 from halfbyte.ops import _checks
+from halfbyte.ops._memory import empty
 from halfbyte.ops._rows import rows_of
 from halfbyte.ops.matmul_4bit import reference
 
@@ -29,7 +30,7 @@ def matmul_4bit(
 ) -> Tensor:
     out_features, in_features = shape
     depth, columns = (out_features, in_features) if transpose else (in_features, out_features)
-    y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device="cpu")
+    y = empty((*x.shape[:-1], columns), x.dtype)
     if y.numel() == 0 or depth == 0:
         constants = nested_absmax, nested_codebook, nested_offset
         return reference.matmul_4bit(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from halfbyte import _C
 from halfbyte.ops import _checks
+from halfbyte.ops._memory import empty
 from halfbyte.ops._rows import rows_of
 
 
@@ -17,7 +18,7 @@ def matmul_low_rank(
     columns = w.shape[1] if transpose else w.shape[0]
     if depth == 0:
         return torch.zeros(rows, columns, dtype=dtype, device="cpu")
-    y = torch.empty(rows, columns, dtype=dtype, device="cpu")
+    y = empty((rows, columns), dtype)
     if y.numel() == 0:
         return y
     x = rows_of(x)

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from halfbyte import _C
 from halfbyte.ops import _checks
+from halfbyte.ops._memory import empty
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     x, weight = x.contiguous(), weight.contiguous()
     rows, columns = _checks.row_count(x), x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    y = empty(x.shape, x.dtype)
     rstd = torch.empty(rows, dtype=torch.float32, device="cpu")
     dtype, threads = _checks.FLOAT_DTYPES.index(x.dtype), torch.get_num_threads()
     _C.norm_forward(
@@ -23,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tens
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float) -> Tensor:
     grad, x, weight, rstd = grad.contiguous(), x.contiguous(), weight.contiguous(), rstd.contiguous()
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    grad_x = empty(x.shape, x.dtype)
     _C.norm_backward(
         grad.data_ptr(),
         x.data_ptr(),
