@@ -6,6 +6,7 @@ the file and line (or the flag), the key, the value that was found and what is a
 
 from halfbyte.config.keys import Config, EvaluateConfig, FinetuneConfig, GenerateConfig, QuantizeConfig
 from halfbyte.config.reading import ConfigT, load_config
+from halfbyte.config.values import memory_bytes
 from halfbyte.config.words import Allowed, allowed, alternatives, nearest
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "allowed",
     "alternatives",
     "load_config",
+    "memory_bytes",
     "nearest",
 ]

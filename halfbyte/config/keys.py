@@ -14,8 +14,10 @@ from halfbyte.config.values import (
     BlockSize,
     DataPath,
     MaxSteps,
+    MemorySize,
     ModelName,
     PathText,
+    Recomputation,
     ResumePoint,
     TargetModules,
     Text,
@@ -126,8 +128,12 @@ class ScheduleKeys(Config):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of AdamW's second moment.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
     max_grad_norm: float = Field(0.3, ge=0, description="Longer gradients are scaled down to this; 0: never.")
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, more time."
+    gradient_checkpointing: Recomputation = Field(
+        "auto",
+        description="Recompute activations in the backward pass: less memory, more time; auto: as memory asks.",
+    )
+    max_memory: MemorySize | None = Field(
+        None, description="Memory to live within, the model's included; by default what the machine has to spare."
     )
 
 

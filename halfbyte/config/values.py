@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -59,6 +59,23 @@ def _known_tracker(name: str) -> str:
     return name
 
 
+def memory_bytes(text: str) -> int:
+    """`8GB` or `6.5 GiB` in bytes.  Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError("not a size")
+    number, unit, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(unit.upper())))
+    if not size:
+        raise ValueError("no memory at all")
+    return size
+
+
+def _memory_size(text: str) -> str:
+    memory_bytes(text)
+    return text
+
+
 def _boolean_or_path(value: object) -> object:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
@@ -72,6 +89,12 @@ Text = Annotated[str, _NonEmpty, Allowed("text", "TEXT")]
 PathText = Annotated[str, _NonEmpty, _Expanded, Allowed("a path", "PATH")]
 DataPath = Annotated[str, _NonEmpty, _Expanded, Allowed("the path of a data file", "PATH")]
 ModelName = Annotated[str, _NonEmpty, _Expanded, Allowed("a model directory, a .gguf file or a hub id", "MODEL")]
+Recomputation = Annotated[
+    bool | Literal["auto"],
+    BeforeValidator(_boolean_or_path),
+    Allowed("auto, true or false", "[auto|true|false]"),
+]
+MemorySize = Annotated[str, AfterValidator(_memory_size), Allowed("a size such as 8GB or 6.5GiB", "SIZE")]
 BlockSize = Annotated[
     int,
     Field(ge=32, le=4096),

@@ -30,9 +30,10 @@ from halfbyte.huggingface import add_lora, describe_replacements, load_model, lo
 from halfbyte.optim import AdamW, learning_rate_factor
 from halfbyte.recipes.display import Display
 from halfbyte.recipes.interrupt import heard_at_step_end
+from halfbyte.recipes.memory import plan_memory
 from halfbyte.recipes.metrics import Metrics, check_trackers, forget_after
 from halfbyte.recipes.provenance import peak_resident_bytes, write_run_file
-from halfbyte.recipes.training import evaluate_loss, evaluation_batches, train_step
+from halfbyte.recipes.training import PassOutOfMemoryError, evaluate_loss, evaluation_batches, train_step
 
 # What may differ between a run and its continuation: nothing here changes a number of the training. Where the model
 # and the data lie may change; that they are the same is told by their fingerprints.
@@ -49,6 +50,8 @@ _FREE_TO_CHANGE = {
     "save_total_limit",
     "logging_steps",
     "report_to",
+    "gradient_checkpointing",
+    "max_memory",
 }
 
 
@@ -177,8 +180,8 @@ class Run:
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
-        if config.gradient_checkpointing:
-            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        self.memory = plan_memory(config, self.model, self.train, self.device)
+        self.console.print(self.memory.describe(), highlight=False)
         self.base_sha256 = weights_sha256(self.model)
         self.data_sha256 = fingerprint(self.train)
 
@@ -203,7 +206,7 @@ class Run:
 
     def _execute(self) -> RunResult:
         last = self._begin()
-        write_run_file(self.directory, self.config, self.base_sha256, None)
+        write_run_file(self.directory, self.config, self.base_sha256, self.memory.to_dict(), None)
         self.tokenizer.save_pretrained(self.directory)
         metrics = Metrics(self.directory, self.config.report_to, self.config.to_dict())
         started = time.perf_counter()
@@ -227,7 +230,7 @@ class Run:
             base_sha256=self.base_sha256,
             interrupted=last["step"] < self.total_steps,
         )
-        write_run_file(self.directory, self.config, self.base_sha256, vars(result))
+        write_run_file(self.directory, self.config, self.base_sha256, self.memory.to_dict(), vars(result))
         return result
 
     def _begin(self) -> dict[str, Any]:
@@ -280,7 +283,7 @@ class Run:
         config, first_step = self.config, last["step"]
         with heard_at_step_end() as interrupt, Display(self.console, self.total_steps, first_step) as display:
             for step, micro_batches in self._micro_batches(first_step):
-                values = self._one_step(step, micro_batches)
+                values = self._one_step(step, micro_batches, display)
                 done = step + 1
                 final = done == self.total_steps
                 last |= {"step": done, "loss": values["loss"], "tokens": last["tokens"] + values["tokens"]}
@@ -303,20 +306,13 @@ class Run:
                     display.say(f"interrupted; go on from {checkpoint} with --resume_from_checkpoint true")
                     break
 
-    def _one_step(self, step: int, micro_batches: list[Batch]) -> dict[str, float | int]:
+    def _one_step(self, step: int, micro_batches: list[Batch], display: Display) -> dict[str, float | int]:
         config = self.config
         warmup_steps = math.ceil(config.warmup_ratio * self.total_steps)
         factor = learning_rate_factor(config.lr_scheduler_type, step, self.total_steps, warmup_steps)
         started = time.perf_counter()
         try:
-            values = train_step(
-                self.model,
-                self.optimizer,
-                micro_batches,
-                config.learning_rate * factor,
-                config.max_grad_norm,
-                self.device,
-            )
+            values = self._train_step(micro_batches, config.learning_rate * factor, display)
         except HalfbyteError as error:
             raise HalfbyteError(f"step {step + 1}: {error}") from error
         seconds = time.perf_counter() - started
@@ -327,6 +323,17 @@ class Run:
             "tokens_per_second": values["tokens"] / seconds,
             "peak_bytes": peak_resident_bytes(),
         }
+
+    def _train_step(self, micro_batches: list[Batch], learning_rate: float, display: Display) -> dict[str, float | int]:
+        """One optimizer step, in passes as small as memory asks for."""
+        while True:
+            passes = self.memory.split(micro_batches)
+            try:
+                return train_step(
+                    self.model, self.optimizer, passes, learning_rate, self.config.max_grad_norm, self.device
+                )
+            except PassOutOfMemoryError:
+                display.say(self.memory.shrink(max(len(batch["input_ids"]) for batch in passes)))
 
     def _micro_batches(self, first_step: int) -> Iterator[tuple[int, list[Batch]]]:
         """Every step that is still to be taken, with its micro-batches: a function of seed and step alone."""

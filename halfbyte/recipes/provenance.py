@@ -16,7 +16,13 @@ from halfbyte.ops import active_implementation
 _PACKAGES = ("halfbyte", "torch", "transformers", "peft", "safetensors", "tokenizers")
 
 
-def write_run_file(directory: Path, config: FinetuneConfig, base_sha256: str, result: dict[str, Any] | None) -> None:
+def write_run_file(
+    directory: Path,
+    config: FinetuneConfig,
+    base_sha256: str,
+    recomputation: dict[str, Any],
+    result: dict[str, Any] | None,
+) -> None:
     """Write `run.json`; `result` is there once the run is done."""
     data = {
         name: {"path": path, "sha256": file_sha256(Path(path))}
@@ -31,6 +37,7 @@ def write_run_file(directory: Path, config: FinetuneConfig, base_sha256: str, re
             "base_model": {"name_or_path": config.model_name_or_path, "weights_sha256": base_sha256},
             "data": data,
             "config": config.to_dict(),
+            "recomputation": recomputation,
             "result": result,
         },
     )

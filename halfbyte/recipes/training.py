@@ -1,13 +1,18 @@
 """One optimizer step, and the loss on held-out rows."""
 
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte.data import Batch, Example, collate
 from halfbyte.errors import HalfbyteError
 from halfbyte.nn import count_supervised, supervised_loss
+
+
+class PassOutOfMemoryError(RuntimeError):
+    """A forward or backward pass found no memory; no gradient is left of the step, and nothing was updated."""
 
 
 def train_step(
@@ -25,15 +30,24 @@ def train_step(
 
     Raises:
         HalfbyteError: the gradient is not finite; nothing was updated.
+        PassOutOfMemoryError: no more memory; torch's random state is what it was, and the step can be taken again.
     """
     model.train()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     supervised = sum(count_supervised(batch) for batch in micro_batches)
-    total = torch.zeros((), device=device)
-    for batch in micro_batches:
-        loss = supervised_loss(model, {key: value.to(device) for key, value in batch.items()})
-        (loss / supervised).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
+    random_state = _random_state(device)
+    try:
+        total = _accumulate_gradients(model, micro_batches, supervised, device)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # which hold the tensors of the pass
+        said = str(error)
+        total = None
+    if total is None:
+        optimizer.zero_grad(set_to_none=True)
+        _set_random_state(device, random_state)
+        raise PassOutOfMemoryError(said)
     # A limit of 0 means no clipping, as in transformers; the norm is wanted all the same.
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
     if not torch.isfinite(grad_norm):
@@ -49,6 +63,34 @@ def train_step(
         "supervised_tokens": supervised,
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
     }
+
+
+def _accumulate_gradients(
+    model: nn.Module, micro_batches: list[Batch], supervised: int, device: torch.device
+) -> Tensor:
+    """The sum of the losses, (), float32; gradients are of its mean."""
+    total = torch.zeros((), device=device)
+    for batch in micro_batches:
+        loss = supervised_loss(model, {key: value.to(device) for key, value in batch.items()})
+        (loss / supervised).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    return total
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch's allocator for the CPU has no class of error of its own.
+    cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 @torch.no_grad()
