@@ -162,12 +162,39 @@ void gated_backward(uintptr_t grad, uintptr_t gate, uintptr_t up, uintptr_t grad
 void adamw_step(int64_t tensors, uintptr_t table, float keep, float one_minus_beta1, float beta2,
                 float one_minus_beta2, float step_size, float root_correction2, float eps, int threads) {
     const int64_t* rows = at<const int64_t>(table);
-    begin_call().adamw_step({tensors, rows, reinterpret_cast<float* const*>(rows + tensors),
-                             reinterpret_cast<const float* const*>(rows + 2 * tensors),
-                             reinterpret_cast<float* const*>(rows + 3 * tensors),
-                             reinterpret_cast<float* const*>(rows + 4 * tensors), keep, one_minus_beta1,
-                             beta2, one_minus_beta2, step_size, root_correction2, eps},
-                            threads);
+    begin_call().adamw_step(
+        {tensors,
+         rows,
+         reinterpret_cast<float* const*>(rows + tensors),
+         reinterpret_cast<const float* const*>(rows + 2 * tensors),
+         reinterpret_cast<float* const*>(rows + 3 * tensors),
+         reinterpret_cast<float* const*>(rows + 4 * tensors),
+         {keep, one_minus_beta1, beta2, one_minus_beta2, step_size, root_correction2, eps}},
+        threads);
+}
+
+void make_dynamic_map(DynamicMap* map, uintptr_t codebook) {
+    if (!prepare_dynamic_map(at<const float>(codebook), map)) throw nb::value_error("not a dynamic map");
+}
+
+// As adamw_step; `table` is 7 * tensors integers: each moment's codes are followed by its absmax.
+void adamw_8bit_step(int64_t tensors, uintptr_t table, const DynamicMap& exp_avg_map,
+                     const DynamicMap& exp_avg_sq_map, float keep, float one_minus_beta1, float beta2,
+                     float one_minus_beta2, float step_size, float root_correction2, float eps, int threads) {
+    const int64_t* rows = at<const int64_t>(table);
+    begin_call().adamw_8bit_step(
+        {tensors,
+         rows,
+         reinterpret_cast<float* const*>(rows + tensors),
+         reinterpret_cast<const float* const*>(rows + 2 * tensors),
+         reinterpret_cast<uint8_t* const*>(rows + 3 * tensors),
+         reinterpret_cast<float* const*>(rows + 4 * tensors),
+         reinterpret_cast<uint8_t* const*>(rows + 5 * tensors),
+         reinterpret_cast<float* const*>(rows + 6 * tensors),
+         &exp_avg_map,
+         &exp_avg_sq_map,
+         {keep, one_minus_beta1, beta2, one_minus_beta2, step_size, root_correction2, eps}},
+        threads);
 }
 
 // x, x_stride, packed, absmax, absmax_codes, nested_absmax, nested_offset, out_features
@@ -347,6 +374,8 @@ NB_MODULE(_C, m) {
     m.def("gated_forward", &halfbyte::gated_forward, unlocked());
     m.def("gated_backward", &halfbyte::gated_backward, unlocked());
     m.def("adamw_step", &halfbyte::adamw_step, unlocked());
+    nb::class_<halfbyte::DynamicMap>(m, "DynamicMap").def("__init__", &halfbyte::make_dynamic_map);
+    m.def("adamw_8bit_step", &halfbyte::adamw_8bit_step, unlocked());
     m.def("matmul_4bit", &halfbyte::matmul_4bit, unlocked());
     m.def("matmul_low_rank", &halfbyte::matmul_low_rank, unlocked());
     m.def("attention", &halfbyte::attention, unlocked());

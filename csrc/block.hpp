@@ -91,6 +91,17 @@ struct GatedBackward {
     int64_t grad_stride;  // between rows of grad_gate, and of grad_up
 };
 
+// The numbers of a step of AdamW.
+struct AdamWNumbers {
+    float keep;  // 1 - lr * weight_decay
+    float one_minus_beta1;
+    float beta2;
+    float one_minus_beta2;
+    float step_size;         // lr / (1 - beta1^t)
+    float root_correction2;  // sqrt(1 - beta2^t)
+    float eps;
+};
+
 // One step of AdamW on `tensors` parameters, all float32. Arrays of addresses, a tensor each.
 struct AdamWStep {
     int64_t tensors;
@@ -99,13 +110,23 @@ struct AdamWStep {
     const float* const* grads;
     float* const* exp_avgs;
     float* const* exp_avg_sqs;
-    float keep;  // 1 - lr * weight_decay
-    float one_minus_beta1;
-    float beta2;
-    float one_minus_beta2;
-    float step_size;         // lr / (1 - beta1^t)
-    float root_correction2;  // sqrt(1 - beta2^t)
-    float eps;
+    AdamWNumbers numbers;
+};
+
+// The same with moments of 8 bits: a code a value, and one absmax for `adamw_8bit_block` values.
+constexpr int64_t adamw_8bit_block = 256;
+struct AdamW8bitStep {
+    int64_t tensors;
+    const int64_t* sizes;
+    float* const* parameters;
+    const float* const* grads;
+    uint8_t* const* exp_avgs;
+    float* const* exp_avg_absmaxs;
+    uint8_t* const* exp_avg_sqs;
+    float* const* exp_avg_sq_absmaxs;
+    const DynamicMap* exp_avg_map;
+    const DynamicMap* exp_avg_sq_map;
+    AdamWNumbers numbers;
 };
 
 }  // namespace halfbyte

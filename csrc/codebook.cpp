@@ -1,5 +1,6 @@
 #include "codebook.hpp"
 
+#include <cstring>
 #include <limits>
 
 namespace halfbyte {
@@ -27,6 +28,37 @@ bool prepare_codebook256(const float* entries, Codebook256* prepared) {
     }
     prepared->thresholds[255] = std::numeric_limits<float>::infinity();
     return ascending;
+}
+
+bool prepare_dynamic_map(const float* entries, DynamicMap* prepared) {
+    Codebook256 book;
+    if (!prepare_codebook256(entries, &book)) return false;
+    std::memcpy(prepared->entries, entries, sizeof prepared->entries);
+    std::memcpy(prepared->thresholds, book.thresholds, sizeof prepared->thresholds);
+    const auto below = [&](uint32_t magnitude, bool negative) {
+        float x;
+        std::memcpy(&x, &magnitude, sizeof x);
+        if (negative) x = -x;
+        int32_t count = 0;
+        while (count < 255 && book.thresholds[count] < x) ++count;
+        return count;
+    };
+    bool distinct = true;
+    for (int cell = 0; cell < DynamicMap::cells; ++cell) {
+        const uint32_t leading = static_cast<uint32_t>(DynamicMap::first_cell + cell);
+        const uint32_t least = cell == 0 ? 0 : leading << DynamicMap::shift;
+        const uint32_t greatest =
+            cell == DynamicMap::cells - 1 ? least : ((leading + 1) << DynamicMap::shift) - 1;
+        for (int sign = 0; sign < 2; ++sign) {
+            const bool negative = sign == 1;
+            const int32_t low = below(negative ? greatest : least, negative),
+                          high = below(negative ? least : greatest, negative);
+            prepared->below[cell + (negative ? DynamicMap::cells : 0)] = low;
+            distinct &= high - low <= 1;
+        }
+    }
+    prepared->zero = below(0, false);
+    return distinct;
 }
 
 }  // namespace halfbyte

@@ -13,4 +13,8 @@ Codebook16 prepare_codebook16(const float* entries);
 // False when `entries` do not ascend.
 bool prepare_codebook256(const float* entries, Codebook256* prepared);
 
+// False when `entries` do not ascend or two thresholds share a cell, which those of the two dynamic maps do
+// not.
+bool prepare_dynamic_map(const float* entries, DynamicMap* prepared);
+
 }  // namespace halfbyte

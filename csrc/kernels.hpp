@@ -32,6 +32,23 @@ struct Codebook256 {
     float thresholds[256];  // 255 used, the last is +infinity; the codebook is ascending, so rank is code
 };
 
+// A dynamic 8-bit codebook made ready to find the nearest entry without a search: the leading bits of a
+// value, from its exponent on, name a cell of values, and no cell has more than one threshold inside. Cells
+// begin at 2^-22, with what is smaller in the first of them, and end with 1; those of negative values come
+// second.
+struct DynamicMap {
+    static constexpr int mantissa_bits = 7;
+    static constexpr int octaves = 22;
+    static constexpr int cells = (octaves << mantissa_bits) + 1;  // of one sign; the last is 1 itself
+    static constexpr int shift = 23 - mantissa_bits;
+    static constexpr int first_cell = (127 - octaves) << mantissa_bits;  // leading bits of 2^-22
+
+    float entries[256];
+    float thresholds[256];     // as in Codebook256
+    int32_t below[2 * cells];  // thresholds below all of a cell's values
+    int32_t zero;              // the code of 0
+};
+
 // Blocks of `block_size` values (a multiple of 32) share one absmax; the last block may be short.
 struct Quantize4bit {
     const void* values;  // n values of `dtype`
@@ -94,6 +111,7 @@ struct Kernels {
     void (*gated_forward)(const GatedForward&, int threads);
     void (*gated_backward)(const GatedBackward&, int threads);
     void (*adamw_step)(const AdamWStep&, int threads);
+    void (*adamw_8bit_step)(const AdamW8bitStep&, int threads);
     void (*matmul_4bit)(const Matmul4bit&, int threads);
     void (*matmul_low_rank)(const MatmulLowRank&, int threads);
     void (*attention)(const Attention&, int threads);

@@ -116,6 +116,25 @@ def adamw_step(
     threads: int,
     /,
 ) -> None: ...
+
+class DynamicMap:
+    def __init__(self, codebook: int, /) -> None: ...
+
+def adamw_8bit_step(
+    tensors: int,
+    table: int,
+    exp_avg_map: DynamicMap,
+    exp_avg_sq_map: DynamicMap,
+    keep: float,
+    one_minus_beta1: float,
+    beta2: float,
+    one_minus_beta2: float,
+    step_size: float,
+    root_correction2: float,
+    eps: float,
+    threads: int,
+    /,
+) -> None: ...
 def matmul_4bit(
     terms: list[tuple[int, int, int, int, int, int, float, int]],
     dtype: int,

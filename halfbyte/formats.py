@@ -26,6 +26,7 @@ import torch
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256  # absmax values that share one second-level absmax
+OPTIMIZER_BLOCK_SIZE = 256  # values of an optimizer's 8-bit moment that share one absmax
 
 
 def _divided(entries: list[float], unit: float) -> tuple[float, ...]:

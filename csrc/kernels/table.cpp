@@ -20,6 +20,7 @@ const Kernels kernels = {
     gated_forward,
     gated_backward,
     adamw_step,
+    adamw_8bit_step,
     matmul_4bit,
     matmul_low_rank,
     attention,

@@ -16,6 +16,7 @@ void rotary(const Rotary&, int threads);
 void gated_forward(const GatedForward&, int threads);
 void gated_backward(const GatedBackward&, int threads);
 void adamw_step(const AdamWStep&, int threads);
+void adamw_8bit_step(const AdamW8bitStep&, int threads);
 void matmul_4bit(const Matmul4bit&, int threads);
 void matmul_low_rank(const MatmulLowRank&, int threads);
 void attention(const Attention&, int threads);

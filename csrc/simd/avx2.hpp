@@ -205,6 +205,10 @@ HALFBYTE_INLINE F32 lookup256(const float* table, const uint8_t* codes) {
     const I32 index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
     return _mm256_i32gather_ps(table, index, 4);
 }
+HALFBYTE_INLINE F32 gather(const float* table, I32 index) { return _mm256_i32gather_ps(table, index, 4); }
+HALFBYTE_INLINE I32 gather(const int32_t* table, I32 index) {
+    return _mm256_i32gather_epi32(table, index, 4);
+}
 
 constexpr int registers = 16;
 

@@ -149,6 +149,10 @@ HALFBYTE_INLINE F32 lookup256(const float* table, const uint8_t* codes) {
     const I32 index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
     return _mm512_i32gather_ps(index, table, 4);
 }
+HALFBYTE_INLINE F32 gather(const float* table, I32 index) { return _mm512_i32gather_ps(index, table, 4); }
+HALFBYTE_INLINE I32 gather(const int32_t* table, I32 index) {
+    return _mm512_i32gather_epi32(index, table, 4);
+}
 
 constexpr int registers = 32;
 

@@ -19,6 +19,7 @@
 //   nearest256(float* thresholds, F32) -> I32
 //   store_codes(uint8_t*, I32)          the low byte of each lane
 //   lookup256(float* table, uint8_t* codes) -> F32
+//   gather(float* table, I32) -> F32, gather(int32_t* table, I32) -> I32
 //   registers                   how many the machine has: 16 or 32
 //   zero(), broadcast(float*)
 //   transpose(F32*)             a square of `lanes` registers, in place

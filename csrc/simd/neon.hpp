@@ -161,6 +161,13 @@ HALFBYTE_INLINE void store_codes(uint8_t* p, I32 codes) {
 HALFBYTE_INLINE F32 lookup256(const float* table, const uint8_t* codes) {
     return pick(table, codes[0], codes[1], codes[2], codes[3]);
 }
+HALFBYTE_INLINE F32 gather(const float* table, I32 index) {
+    return pick(table, vgetq_lane_s32(index, 0), vgetq_lane_s32(index, 1), vgetq_lane_s32(index, 2),
+                vgetq_lane_s32(index, 3));
+}
+HALFBYTE_INLINE I32 gather(const int32_t* table, I32 index) {
+    return vreinterpretq_s32_f32(gather(reinterpret_cast<const float*>(table), index));
+}
 
 constexpr int registers = 32;
 

@@ -153,6 +153,12 @@ HALFBYTE_INLINE void store_codes(uint8_t* p, I32 codes) {
 HALFBYTE_INLINE F32 lookup256(const float* table, const uint8_t* codes) {
     return F32{table[codes[0]], table[codes[1]], table[codes[2]], table[codes[3]]};
 }
+HALFBYTE_INLINE F32 gather(const float* table, I32 index) {
+    return F32{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+}
+HALFBYTE_INLINE I32 gather(const int32_t* table, I32 index) {
+    return I32{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+}
 
 constexpr int registers = 16;
 

@@ -10,6 +10,7 @@ from halfbyte.ops._dispatch import (
     forced_implementation,
 )
 from halfbyte.ops._dropout import Dropout
+from halfbyte.ops.adamw_8bit_step import adamw_8bit_step
 from halfbyte.ops.adamw_step import adamw_step
 from halfbyte.ops.attention import attention
 from halfbyte.ops.attention_backward import attention_backward
@@ -39,6 +40,7 @@ __all__ = [
     "Nested",
     "Term",
     "active_implementation",
+    "adamw_8bit_step",
     "adamw_step",
     "attention",
     "attention_backward",

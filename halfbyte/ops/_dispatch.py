@@ -40,6 +40,8 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("dequantize_8bit", "cpu"): (*NATIVE, "reference"),
     ("dequantize_8bit", "cuda"): ("bitsandbytes", "reference"),
     ("adamw_step", "cpu"): (*NATIVE, "reference"),
+    ("adamw_8bit_step", "cpu"): (*NATIVE, "reference"),
+    ("adamw_8bit_step", "cuda"): ("bitsandbytes", "reference"),
     ("gated", "cpu"): (*NATIVE, "reference"),
     ("gated_backward", "cpu"): (*NATIVE, "reference"),
     ("layer_norm", "cpu"): (*NATIVE, "reference"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import ops
-from halfbyte.formats import CODEBOOKS, DYNAMIC_SIGNED, NESTED_BLOCK_SIZE
+from halfbyte.formats import CODEBOOKS, DYNAMIC_SIGNED, DYNAMIC_UNSIGNED, NESTED_BLOCK_SIZE, OPTIMIZER_BLOCK_SIZE
 
 REFERENCE = "reference"
 VALUES = 2**20  # about, in each op's largest argument: a few megabytes
@@ -101,8 +101,8 @@ def _fastest(call: Call) -> float:
 
 def _cases(values: int) -> list[_Case]:
     products = [_product(values), _low_rank(values), *_attention(values), _decode(values)]
-    blocks = [*_norms(values), *_gates(values), _rotary(values), _loss(values), _adamw(values)]
-    return [*_quantization(values), *products, *blocks]
+    blocks = [*_norms(values), *_gates(values), _rotary(values), _loss(values)]
+    return [*_quantization(values), *products, *blocks, _adamw(values), _adamw_8bit(values)]
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -304,3 +304,26 @@ def _decode(values: int) -> _Case:
         return lambda: (ops.decode_token(model, 3, angle.cos(), angle.sin(), keys, values, 7),)
 
     return _Case("decode_token", 3 * hidden * intermediate, make)
+
+
+def _adamw_8bit(values: int) -> _Case:
+    n = values + 37
+    codebooks = torch.tensor(DYNAMIC_SIGNED), torch.tensor(DYNAMIC_UNSIGNED)
+    with ops.forced_implementation(REFERENCE):
+        encoded = [
+            ops.quantize_8bit(moment, codebook, OPTIMIZER_BLOCK_SIZE)
+            for moment, codebook in zip((_random(n, seed=2) * 0.1, _random(n, seed=3).square()), codebooks, strict=True)
+        ]
+
+    def make(_: torch.dtype) -> Call:
+        parameter, grad = _random(n), _random(n, seed=1)
+        moments = [tensor.clone() for pair in encoded for tensor in pair]
+
+        def call() -> tuple[Tensor, ...]:
+            m, m_absmax, v, v_absmax = ([moment] for moment in moments)
+            ops.adamw_8bit_step([parameter], [grad], m, m_absmax, v, v_absmax, 1e-3, 0.9, 0.999, 1e-8, 0.01, 10)
+            return parameter, moments[1], moments[3]
+
+        return call
+
+    return _Case("adamw_8bit_step", n, make)

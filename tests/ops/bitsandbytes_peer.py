@@ -18,12 +18,17 @@ import halfbyte  # noqa: E402
 
 halfbyte.__path__.append(extension_folder)
 
+from halfbyte.ops.adamw_8bit_step.bitsandbytes import adamw_8bit_step  # noqa: E402
 from halfbyte.ops.dequantize_4bit.bitsandbytes import dequantize_4bit  # noqa: E402
 from halfbyte.ops.dequantize_8bit.bitsandbytes import dequantize_8bit  # noqa: E402
 from halfbyte.ops.quantize_4bit.bitsandbytes import quantize_4bit  # noqa: E402
 
 results = {"signed": bnb.create_dynamic_map(True), "unsigned": bnb.create_dynamic_map(False)}
-for name, values in load_file(source).items():
+given = load_file(source)
+adamw = {name: given.pop(name) for name in sorted(given) if name.startswith("adamw ")}
+adamw_8bit_step(*([tensor] for tensor in adamw.values()), 1e-2, 0.9, 0.999, 1e-8, 0.1, 5)
+results |= adamw
+for name, values in given.items():
     for quant_type in ("nf4", "fp4"):
         codebook = results[quant_type] = bnb.get_4bit_type(quant_type, device="cpu")
         for block_size in (32, 64, 256, 4096):

@@ -7,6 +7,8 @@
 //   op 2, 3 (dequantize 4-, 8-bit)    codes, absmax, expected values
 //   op 4 (matmul 4-bit)               int64 rows, out, in, transposed, rank; x, codes, absmax, left, right,
 //                                     expected values: of numbers small enough that every sum is exact
+//   op 5 (adamw 8-bit)                codebook of the second moment; gradients; with both betas 0, the codes
+//                                     and absmax expected of the first and of the second moment
 
 #include <cstdio>
 #include <cstdlib>
@@ -50,12 +52,44 @@ static bool run_matmul(std::FILE* file, const int64_t* head, const Bytes& codebo
     return y == expected;
 }
 
+static bool run_adamw_8bit(std::FILE* file, const int64_t* head, const Bytes& codebook) {
+    const int64_t n = head[2], blocks = (n + adamw_8bit_block - 1) / adamw_8bit_block;
+    const Bytes second_codebook = read(file, 4 * head[4]), grads = read(file, 4 * n);
+    const Bytes expected[4] = {read(file, n), read(file, 4 * blocks), read(file, n), read(file, 4 * blocks)};
+    DynamicMap maps[2];
+    if (!prepare_dynamic_map(floats(codebook), &maps[0])) return false;
+    if (!prepare_dynamic_map(floats(second_codebook), &maps[1])) return false;
+    Bytes got[4];
+    for (int i = 0; i < 4; ++i) got[i].assign(expected[i].size(), 0);
+    Bytes parameter(grads.size(), 0);
+    float* parameters = reinterpret_cast<float*>(parameter.data());
+    const float* grad = floats(grads);
+    float* absmaxs[2] = {reinterpret_cast<float*>(got[1].data()), reinterpret_cast<float*>(got[3].data())};
+    uint8_t* codes[2] = {got[0].data(), got[2].data()};
+    HALFBYTE_ISA::kernels.adamw_8bit_step({1,
+                                           &n,
+                                           &parameters,
+                                           &grad,
+                                           &codes[0],
+                                           &absmaxs[0],
+                                           &codes[1],
+                                           &absmaxs[1],
+                                           &maps[0],
+                                           &maps[1],
+                                           {1.0f, 1.0f, 0.0f, 1.0f, 1e-3f, 1.0f, 1e-8f}},
+                                          1);
+    for (int i = 0; i < 4; ++i)
+        if (got[i] != expected[i]) return false;
+    return true;
+}
+
 static bool run_case(std::FILE* file, const int64_t* head) {
     const Kernels& kernels = HALFBYTE_ISA::kernels;
     const int64_t op = head[0], n = head[2], block_size = head[3];
     const DType dtype = static_cast<DType>(head[1]);
     const Bytes codebook = read(file, 4 * head[4]);
     if (op == 4) return run_matmul(file, head, codebook);
+    if (op == 5) return run_adamw_8bit(file, head, codebook);
     const int64_t value_bytes = n * (dtype == DType::f32 ? 4 : 2);
     const int64_t code_bytes = op % 2 == 0 ? (n + 1) / 2 : n;
     const int64_t absmax_bytes = 4 * ((n + block_size - 1) / block_size);

@@ -29,6 +29,10 @@ def inputs() -> dict[str, Tensor]:
             f"tiny {dtype}": torch.cat([torch.zeros(4096), tiny]).to(dtype),
             f"short {dtype}": torch.randn(64 * 63 + 11).to(dtype),
         }
+    # A step of AdamW: parameter, gradient, and for each moment its codes and their absmax.
+    moments = [t for _ in range(2) for t in (torch.randint(256, (10_000,), dtype=torch.uint8), torch.rand(40))]
+    step = [torch.randn(10_000), torch.randn(10_000), *moments]
+    tensors |= {f"adamw {index}": tensor for index, tensor in enumerate(step)}
     if MODEL.exists():
         with safe_open(MODEL, framework="pt") as file:
             for name in [name for name in sorted(file.keys()) if "proj" in name][::100]:
@@ -91,3 +95,18 @@ def test_dequantize_8bit(exchange: tuple[dict[str, Tensor], dict[str, Tensor]]) 
     codes = torch.arange(256, dtype=torch.uint8)
     values = ops.dequantize_8bit(codes, torch.tensor([0.3]), CODEBOOKS_256["signed"], 256)
     assert torch.equal(values, exchange[1]["dequantize_8bit"])
+
+
+def test_adamw_8bit_step(exchange: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+    """The same step from the same state. Their codes are a search's that is not exact: neighbours, now and then."""
+    given, got = exchange
+    ours, theirs = ([tensors[f"adamw {index}"].clone() for index in range(6)] for tensors in (given, got))
+    ops.adamw_8bit_step(*([tensor] for tensor in ours), 1e-2, 0.9, 0.999, 1e-8, 0.1, 5)
+    assert not torch.equal(theirs[0], given["adamw 0"])
+    for index in (0, 1, 3, 5):
+        torch.testing.assert_close(ours[index], theirs[index], rtol=1e-5, atol=1e-6)
+    for index in (2, 4):
+        distance = (ours[index].int() - theirs[index].int()).abs()
+        print(int(distance.max()), float((distance > 0).float().mean()))
+        assert distance.max() <= 1
+        assert (distance > 0).float().mean() < 0.01

@@ -28,9 +28,15 @@ def adamw_step(
     table = array("q", [parameter.numel() for parameter in parameters])
     for tensors in (parameters, grads, exp_avgs, exp_avg_sqs):
         table.extend(tensor.data_ptr() for tensor in tensors)
-    _C.adamw_step(
-        len(parameters),
-        table.buffer_info()[0],
+    numbers = kernel_numbers(lr, beta1, beta2, eps, weight_decay, step)
+    _C.adamw_step(len(parameters), table.buffer_info()[0], *numbers, torch.get_num_threads())
+
+
+def kernel_numbers(
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
+) -> tuple[float, float, float, float, float, float, float]:
+    """What csrc calls AdamWNumbers: rounded to float32 only there."""
+    return (
         1 - lr * weight_decay,
         1 - beta1,
         beta2,
@@ -38,5 +44,4 @@ def adamw_step(
         lr / (1 - beta1**step),
         math.sqrt(1 - beta2**step),
         eps,
-        torch.get_num_threads(),
     )
