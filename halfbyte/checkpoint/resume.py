@@ -2,7 +2,8 @@
 
     checkpoint-N/
       adapter_config.json, adapter_model.safetensors    the adapter, in PEFT's format
-      optimizer.safetensors                             exp_avg.NAME, exp_avg_sq.NAME (float32)
+      optimizer.safetensors                             exp_avg.NAME, exp_avg_sq.NAME (float32); of 8-bit state codes
+                                                        (uint8), and exp_avg_absmax.NAME, exp_avg_sq_absmax.NAME
       random.safetensors                                torch's generator states: cpu, cuda.0, …
       state.json                                        step, position in the data, settings, fingerprints
 
@@ -27,7 +28,6 @@ from halfbyte.checkpoint.files import directory_written_aside, write_json
 from halfbyte.errors import HalfbyteError
 from halfbyte.optim import AdamW
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -101,14 +101,14 @@ def restore_checkpoint(checkpoint: Path, model: PeftModel, optimizer: AdamW) -> 
     """
     step = read_state(checkpoint)["step"]
     trainable = _trainable(model)
-    moments = {f"{key}.{name}": parameter for name, parameter in trainable for key in _MOMENTS}
+    layouts = {name: optimizer.state_layout(parameter) for name, parameter in trainable}
+    moments = {f"{key}.{name}": like for name, layout in layouts.items() for key, like in layout.items()}
     adapter = _load(checkpoint / "adapter_model.safetensors", adapter_tensors(model))
     saved = _load(checkpoint / "optimizer.safetensors", moments)
     random = _load(checkpoint / "random.safetensors", _random_states())
     set_peft_model_state_dict(model, adapter)
     for name, parameter in trainable:
-        state = {key: saved[f"{key}.{name}"].to(parameter.device) for key in _MOMENTS}
-        optimizer.state[parameter] = {"step": step, **state}
+        optimizer.set_state(parameter, step, {key: saved[f"{key}.{name}"] for key in layouts[name]})
     torch.set_rng_state(random["cpu"])
     for index in range(torch.cuda.device_count()):
         torch.cuda.set_rng_state(random[f"cuda.{index}"], index)
@@ -120,7 +120,10 @@ def _trainable(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:
 
 def _optimizer_tensors(model: PeftModel, optimizer: AdamW) -> dict[str, torch.Tensor]:
     return {
-        f"{key}.{name}": optimizer.state[parameter][key] for name, parameter in _trainable(model) for key in _MOMENTS
+        f"{key}.{name}": value
+        for name, parameter in _trainable(model)
+        for key, value in optimizer.state[parameter].items()
+        if key != "step"
     }
 
 

@@ -23,18 +23,20 @@ from halfbyte.checkpoint.resume import (
 )
 from halfbyte.optim import AdamW
 
+pytestmark = pytest.mark.filterwarnings("ignore:page_dir")  # where tests write may be memory
+
 Training = tuple[PeftModel, AdamW]
 INPUT_IDS = torch.arange(12).view(1, 12)
 FILES = ("adapter_model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
 
 
 @pytest.fixture
-def build(model_directory: Callable[[str], Path]) -> Callable[[], Training]:
-    def new() -> Training:
+def build(model_directory: Callable[[str], Path]) -> Callable[..., Training]:
+    def new(r: int = 4, **state: Any) -> Training:
         base, _ = load_model(str(model_directory("llama")), compute_dtype=torch.float32, fast=False)
-        settings = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], lora_dropout=0.3, task_type="CAUSAL_LM")
+        settings = LoraConfig(r=r, target_modules=["q_proj", "up_proj"], lora_dropout=0.3, task_type="CAUSAL_LM")
         model = add_lora(base, settings).train()
-        return model, AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        return model, AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **state)
 
     return new
 
@@ -73,6 +75,30 @@ def test_a_restored_training_goes_on_to_the_same_bits(build: Callable[[], Traini
     for mine, theirs in zip(adapter_tensors(first[0]).values(), adapter_tensors(other[0]).values(), strict=True):
         assert torch.equal(mine, theirs)
     assert {state["step"] for state in other[1].state.values()} == {6}
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("paged", [False, True])
+def test_8_bits_and_pages_go_on_to_the_same_bits(
+    build: Callable[..., Training], tmp_path: Path, bits: int, paged: bool
+) -> None:
+    """A checkpoint of a paged optimizer is gone on from in memory, and the other way round."""
+    first = build(r=128, state_bits=bits, paged=paged)  # so wide that some adapters have 4,096 values
+    train(*first, 3)
+    checkpoint = save(tmp_path, 3, first)
+    dtypes = [tensor.dtype for tensor in load_file(checkpoint / "optimizer.safetensors").values()]
+    assert (torch.uint8 in dtypes) == (bits == 8)
+    assert torch.float32 in dtypes
+    expected_losses = train(*first, 3)
+    other = build(r=128, state_bits=bits, paged=not paged)
+    restore_checkpoint(checkpoint, *other)
+    assert train(*other, 3) == expected_losses
+    again = save(tmp_path, 6, other)
+    save(tmp_path, 7, first)
+    assert (again / FILES[1]).read_bytes() == (tmp_path / "checkpoint-7" / FILES[1]).read_bytes()
+    wrong = build(r=128, state_bits=40 - bits)
+    with pytest.raises(HalfbyteError, match=r"optimizer\.safetensors does not fit"):
+        restore_checkpoint(checkpoint, *wrong)
 
 
 def test_there_is_no_pickle_in_it(build: Callable[[], Training], tmp_path: Path) -> None:
