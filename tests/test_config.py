@@ -84,7 +84,15 @@ WRONG = [
     ("block_size: 8192", "run.yaml:4: block_size is 8192, but it must be a power of two from 32 to 4096"),
     ("quant_type: nf5", "run.yaml:4: quant_type is 'nf5', but it must be nf4, fp4, int4 or none"),
     ("double_quant: maybe", "run.yaml:4: double_quant is 'maybe', but it must be true or false"),
-    ("optim: adamw_8bit", "run.yaml:4: optim is 'adamw_8bit', but it must be adamw"),
+    (
+        "optim: adamw_torch",
+        "run.yaml:4: optim is 'adamw_torch', but it must be adamw, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit",
+    ),
+    (
+        "page_dir: p",
+        "run.yaml:4: page_dir is set, but optim is adamw, which pages nothing: leave page_dir out, or set optim to "
+        "paged_adamw_32bit",
+    ),
     (
         "max_steps: 0",
         "run.yaml:4: max_steps is 0, but it must be a whole number of at least 1, or -1 to go by num_train_epochs",

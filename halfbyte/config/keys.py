@@ -122,7 +122,12 @@ class ScheduleKeys(Config):
         "linear", description="What the learning rate does after warming up; linear and cosine end at zero."
     )
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="Share of the steps in which the rate climbs.")
-    optim: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="AdamW; its state in 32 or 8 bits, in memory or in a file that it is paged to."
+    )
+    page_dir: PathText | None = Field(
+        None, description="Where a paged optimizer has its file; not said: on the disk of output_dir."
+    )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of the adapters.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of AdamW's second moment.")
@@ -203,6 +208,12 @@ class FinetuneConfig(ModelKeys, DataKeys, QuantizationKeys, LoraKeys, BatchKeys,
                 "save_total_limit",
                 self.save_total_limit is None or self.save_steps is not None,
                 "save_total_limit is set but save_steps is not, so no checkpoint would be written",
+            ),
+            (
+                "page_dir",
+                self.page_dir is None or self.optim.startswith("paged_"),
+                f"page_dir is set, but optim is {self.optim}, which pages nothing: leave page_dir out, or set optim to "
+                f"paged_{'adamw_32bit' if self.optim == 'adamw' else self.optim}",
             ),
             (
                 "overwrite_output_dir",

@@ -27,7 +27,7 @@ from halfbyte.config import FinetuneConfig
 from halfbyte.data import Batch, Example, encode_rows, fingerprint, pack, preview, read_rows, training_steps
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import add_lora, describe_replacements, load_model, load_tokenizer, replacements_of
-from halfbyte.optim import AdamW, learning_rate_factor
+from halfbyte.optim import OPTIMIZERS, AdamW, check_page_dir, learning_rate_factor
 from halfbyte.recipes.display import Display
 from halfbyte.recipes.interrupt import heard_at_step_end
 from halfbyte.recipes.memory import plan_memory
@@ -52,6 +52,7 @@ _FREE_TO_CHANGE = {
     "report_to",
     "gradient_checkpointing",
     "max_memory",
+    "page_dir",
 }
 
 
@@ -129,6 +130,8 @@ def check_inputs(config: FinetuneConfig) -> None:
         path = getattr(config, key)
         if path is not None and _is_within(Path(path), output_dir):
             raise HalfbyteError(f"{key} {path} is in output_dir, which overwrite_output_dir would remove; move it.")
+    if config.page_dir is not None:
+        check_page_dir(Path(config.page_dir))
     check_trackers(config.report_to)
 
 
@@ -179,6 +182,8 @@ class Run:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            **OPTIMIZERS[config.optim],
+            page_dir=_page_dir(config),
         )
         self.memory = plan_memory(config, self.model, self.train, self.device)
         self.console.print(self.memory.describe(), highlight=False)
@@ -261,6 +266,8 @@ class Run:
         now = self._state()
         for key, value in now["config"].items():
             then = state["config"].get(key)
+            if key == "optim" and _state_bits(then) == _state_bits(value):
+                continue  # where the state lies changes no number
             if key not in _FREE_TO_CHANGE and then != value:
                 raise HalfbyteError(
                     f"{checkpoint} was trained with {key} {then!r}, not {value!r};"
@@ -370,6 +377,21 @@ def _lora_config(config: FinetuneConfig) -> LoraConfig:
         target_modules=config.target_modules,
         use_rslora=config.use_rslora,
     )
+
+
+def _page_dir(config: FinetuneConfig) -> Path | None:
+    """Where the optimizer's state is paged to; None for one that is not."""
+    if not OPTIMIZERS[config.optim]["paged"]:
+        return None
+    if config.page_dir is not None:
+        return Path(config.page_dir)
+    # The file has no name, so it does not matter to a directory that is yet to be made, or cleared.
+    output_dir = Path(config.output_dir).absolute()
+    return next(place for place in (output_dir, *output_dir.parents) if place.is_dir())
+
+
+def _state_bits(optim: str | None) -> object:
+    return OPTIMIZERS.get(optim or "", {}).get("state_bits")
 
 
 def _is_within(path: Path, directory: Path) -> bool:

@@ -314,6 +314,21 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
         EVALUATE + " --adapter adapter",
         ["adapter", "zzz"],
     ),
+    "finetune: a page directory that is not there": (
+        nothing,
+        FINETUNE + " --optim paged_adamw_8bit --page_dir pages",
+        ["page_dir", "pages"],
+    ),
+    "finetune: a page directory that cannot be written": (
+        nothing,
+        FINETUNE + " --optim paged_adamw_8bit --page_dir /proc",
+        ["page_dir", "/proc"],
+    ),
+    "finetune: a page directory for what is not paged": (
+        nothing,
+        FINETUNE + " --page_dir model",
+        ["page_dir", "paged_adamw_32bit"],
+    ),
     "evaluate: output cannot be written": (nothing, EVALUATE + " --output /proc/x.json", ["/proc/x.json"]),
     "evaluate: a malformed line": (write(BAD_ROWS, "{"), EVALUATE, ["rows.jsonl:1"]),
     "generate: no such model": (rename_model("m"), GENERATE, ["model"]),

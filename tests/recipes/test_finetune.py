@@ -395,6 +395,28 @@ def test_a_run_is_resumed_with_its_own_settings_model_and_data(
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.filterwarnings("ignore:page_dir")
+def test_pages_may_come_and_go_and_bits_may_not(
+    undisturbed: Undisturbed, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Half a run with its state in memory and half in pages is the run in memory to the bit."""
+    directory = tmp_path / "run"
+    shutil.copytree(undisturbed.directory, directory)
+    from_4 = {"resume_from_checkpoint": str(directory / "checkpoint-4")}
+    run(configure(model, rows, directory, optim="paged_adamw_32bit", page_dir=str(tmp_path), **from_4))
+    assert_the_same(directory, undisturbed)
+    with pytest.raises(HalfbyteError, match="optim 'paged_adamw_32bit', not 'paged_adamw_8bit'"):
+        run(resumed(configure(model, rows, directory, optim="paged_adamw_8bit")))
+    shutil.rmtree(directory)
+    outcomes = []
+    for optim in ("adamw_8bit", "paged_adamw_8bit"):
+        run(configure(model, rows, directory, optim=optim, lora_r=128, max_steps=2, overwrite_output_dir=True))
+        outcomes.append(adapter_bytes(directory))
+        names = [path.name for path in directory.iterdir() if path.name.startswith((".", "tmp"))]
+        assert names == []
+    assert outcomes[0] == outcomes[1]
+
+
 def test_another_number_of_threads_is_told(undisturbed: Undisturbed, model: Path, rows: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     shutil.copytree(undisturbed.directory, directory)
