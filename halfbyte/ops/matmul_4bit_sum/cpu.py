@@ -7,6 +7,7 @@ from torch import Tensor
 
 from halfbyte import _C
 from halfbyte.ops import _checks
+from halfbyte.ops._memory import empty
 from halfbyte.ops._rows import rows_of
 from halfbyte.ops.matmul_4bit_sum import reference
 
@@ -27,7 +28,7 @@ def matmul_4bit_sum(
     seed: int,
     threshold: int,
 ) -> Tensor:
-    y = torch.empty((*x[0].shape[:-1], in_features), dtype=x[0].dtype, device="cpu")
+    y = empty((*x[0].shape[:-1], in_features), x[0].dtype)
     if y.numel() == 0 or 0 in out_features:
         constants = codebook, block_size, in_features, nested_absmax, nested_codebook, nested_offset
         return reference.matmul_4bit_sum(x, packed, absmax, out_features, *constants, left, right, seed, threshold)
