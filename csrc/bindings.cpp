@@ -226,23 +226,23 @@ void matmul_4bit(const std::vector<Term4bit>& given, int dtype, int64_t rows, ui
                              threads);
 }
 
-void matmul_low_rank(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, int dtype, int64_t rows,
-                     int64_t depth, int64_t columns, bool transposed, float scale, uint64_t seed,
-                     uint32_t threshold, uintptr_t y, bool y_float32, int threads) {
-    begin_call().matmul_low_rank({at<const void>(x),
-                                  x_stride,
-                                  at<const void>(w),
-                                  w_stride,
-                                  static_cast<DType>(dtype),
-                                  rows,
-                                  depth,
-                                  columns,
-                                  transposed,
-                                  scale,
-                                  {seed, threshold},
-                                  at<void>(y),
-                                  y_float32},
-                                 threads);
+void matmul_dense(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, int dtype, int64_t rows,
+                  int64_t depth, int64_t columns, bool transposed, float scale, uint64_t seed,
+                  uint32_t threshold, uintptr_t y, bool y_float32, int threads) {
+    begin_call().matmul_dense({at<const void>(x),
+                               x_stride,
+                               at<const void>(w),
+                               w_stride,
+                               static_cast<DType>(dtype),
+                               rows,
+                               depth,
+                               columns,
+                               transposed,
+                               scale,
+                               {seed, threshold},
+                               at<void>(y),
+                               y_float32},
+                              threads);
 }
 
 using Shape = std::array<int64_t, 6>;  // the members of AttentionShape, in order
@@ -377,7 +377,7 @@ NB_MODULE(_C, m) {
     nb::class_<halfbyte::DynamicMap>(m, "DynamicMap").def("__init__", &halfbyte::make_dynamic_map);
     m.def("adamw_8bit_step", &halfbyte::adamw_8bit_step, unlocked());
     m.def("matmul_4bit", &halfbyte::matmul_4bit, unlocked());
-    m.def("matmul_low_rank", &halfbyte::matmul_low_rank, unlocked());
+    m.def("matmul_dense", &halfbyte::matmul_dense, unlocked());
     m.def("attention", &halfbyte::attention, unlocked());
     m.def("attention_backward", &halfbyte::attention_backward, unlocked());
     m.def("attention_workspace_bytes", &halfbyte::attention_workspace_bytes);

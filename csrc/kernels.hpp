@@ -113,7 +113,7 @@ struct Kernels {
     void (*adamw_step)(const AdamWStep&, int threads);
     void (*adamw_8bit_step)(const AdamW8bitStep&, int threads);
     void (*matmul_4bit)(const Matmul4bit&, int threads);
-    void (*matmul_low_rank)(const MatmulLowRank&, int threads);
+    void (*matmul_dense)(const MatmulDense&, int threads);
     void (*attention)(const Attention&, int threads);
     void (*attention_backward)(const AttentionBackward&, int threads);
     int64_t (*attention_workspace_bytes)(const AttentionShape&);

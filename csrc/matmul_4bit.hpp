@@ -2,7 +2,7 @@
 // hold.
 #pragma once
 
-#include "matmul_low_rank.hpp"
+#include "matmul_dense.hpp"
 
 namespace halfbyte {
 

@@ -154,7 +154,7 @@ def matmul_4bit(
     threads: int,
     /,
 ) -> None: ...
-def matmul_low_rank(
+def matmul_dense(
     x: int,
     x_stride: int,
     w: int,

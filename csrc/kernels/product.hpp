@@ -14,13 +14,18 @@
 namespace halfbyte::HALFBYTE_ISA {
 namespace {
 
-// Sums of a task fit the second-level cache beside the panel.
-constexpr int64_t most_rows = 516;
+// The panel stays in the second-level cache; sums pass through it, once a block of the sum, which is seldom
+// enough.
+constexpr int64_t most_rows = 2064;
 constexpr int64_t panel_columns = 128;
 
+// Tasks are blocks of `rows` × `columns`, block row by block row. Those that are left when every thread has
+// had as many are cut by rows, into a strip for each thread.
 struct Grid {
     int64_t rows, columns;  // of a task
-    int64_t column_tasks, tasks;
+    int64_t column_tasks;
+    int64_t whole, strips, strip_rows;  // tasks that are not cut; strips of each that is, and their rows
+    int64_t tasks;
 };
 
 HALFBYTE_INLINE int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -32,11 +37,11 @@ HALFBYTE_INLINE Grid make_grid(int64_t rows, int64_t columns, int threads) {
     const int64_t wanted = threads > 1 ? 4 * threads : 1;
     int64_t row_tasks = pieces(rows, most_rows), width = round_up(panel_columns, S::columns);
     if (row_tasks * pieces(columns, width) < wanted) width = round_up(width / 2, S::columns);
-    while (row_tasks * pieces(columns, width) < wanted && pieces(rows, row_tasks) > 8 * S::rows)
-        row_tasks *= 2;
-    const int64_t height = round_up(pieces(rows, row_tasks), S::rows);
-    const int64_t across = pieces(columns, width);
-    return {height, width, across, pieces(rows, height) * across};
+    const int64_t height = round_up(pieces(rows, row_tasks), S::rows), across = pieces(columns, width);
+    const int64_t blocks = pieces(rows, height) * across, cut = blocks % threads;
+    const int64_t strip_rows = round_up(pieces(height, threads), S::rows),
+                  strips = pieces(height, strip_rows);
+    return {height, width, across, blocks - cut, strips, strip_rows, blocks - cut + cut * strips};
 }
 
 template <class T, class Source>
@@ -170,9 +175,15 @@ HALFBYTE_INLINE void multiply_block(const Product<T, Y, Matrix>& job, const Part
 template <class P, class S, class T, class Y, class Matrix>
 void run_task(Product<T, Y, Matrix>& job, int64_t task) {
     using Value = typename P::Value;
-    const int64_t first_row = task / job.grid.column_tasks * job.grid.rows;
-    const int64_t first_column = task % job.grid.column_tasks * job.grid.columns;
-    const int64_t rows = least(job.grid.rows, job.rows - first_row);
+    const Grid& grid = job.grid;
+    const bool cut = task >= grid.whole;
+    const int64_t block = cut ? grid.whole + (task - grid.whole) / grid.strips : task;
+    const int64_t strip = cut ? (task - grid.whole) % grid.strips : 0;
+    const int64_t first_row = block / grid.column_tasks * grid.rows + strip * grid.strip_rows;
+    const int64_t first_column = block % grid.column_tasks * grid.columns;
+    const int64_t rows = least(cut ? least(grid.strip_rows, grid.rows - strip * grid.strip_rows) : grid.rows,
+                               job.rows - first_row);
+    if (rows <= 0) return;
     const int64_t columns = least(job.grid.columns, job.columns - first_column);
     const int64_t width = round_up(columns, S::columns);
 
@@ -180,24 +191,24 @@ void run_task(Product<T, Y, Matrix>& job, int64_t task) {
     int64_t deepest = 0;
     for (int64_t t = 0; t < job.term_count; ++t)
         if (job.terms[t].depth > deepest) deepest = job.terms[t].depth;
-    const int64_t block = least(P::depth_block, round_up(deepest, lanes * P::depth));
+    const int64_t span = least(P::depth_block, round_up(deepest, lanes * P::depth));
     const int64_t rank_room = round_up(job.rank, lanes * P::depth);
     const int64_t sums_size = round_up(rows, S::rows) * width;
     float* const sums = static_cast<float*>(thread_buffer(
         static_cast<size_t>(sums_size) * sizeof(float) +
-        static_cast<size_t>((block + rank_room) * (width + (copies ? rows : 0))) * sizeof(Value)));
+        static_cast<size_t>((span + rank_room) * (width + (copies ? rows : 0))) * sizeof(Value)));
     Value* const panel = reinterpret_cast<Value*>(sums + sums_size);
-    Value* const low_panel = panel + block * width;
+    Value* const low_panel = panel + span * width;
     Value* const copy = low_panel + rank_room * width;
-    Value* const low_copy = copy + block * rows;
+    Value* const low_copy = copy + span * rows;
 
     const Part<Y> part = {
         first_row, first_column, rows, columns, width, sums, job.y + first_row * job.columns + first_column};
     DenseRows<T> right = job.right;
     for (const auto* term = job.terms; term != job.terms + job.term_count; ++term) {
         Matrix matrix(term->source);
-        for (int64_t begin = 0; begin < term->depth; begin += block) {
-            const int64_t count = least(block, term->depth - begin);
+        for (int64_t begin = 0; begin < term->depth; begin += span) {
+            const int64_t count = least(span, term->depth - begin);
             const bool fresh = term == job.terms && begin == 0;
             const bool last = term + 1 == job.terms + job.term_count && begin + count == term->depth;
             fill_panel<P, S>(job.along, matrix, begin, count, first_column, columns, panel);

@@ -22,7 +22,7 @@ const Kernels kernels = {
     adamw_step,
     adamw_8bit_step,
     matmul_4bit,
-    matmul_low_rank,
+    matmul_dense,
     attention,
     attention_backward,
     attention_workspace_bytes,

@@ -29,7 +29,7 @@ _PROBE_TOKENS = 64
 # What is kept at level elementwise, by name: what costs more to compute again than to hold.
 _PRODUCTS = (
     "halfbyte::matmul_4bit",
-    "halfbyte::matmul_low_rank",
+    "halfbyte::matmul_dense",
     "halfbyte::attention",
     "aten::mm",
     "aten::addmm",

@@ -59,7 +59,7 @@ class _LoraLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         drop = ops.Dropout.draw(dropout) if dropout else None
         scale = scaling * drop.scale if drop else scaling
-        t = ops.matmul_low_rank(x, _stacked(factors[::2]).to(x.dtype), False, scale, drop)
+        t = ops.matmul_dense(x, _stacked(factors[::2]).to(x.dtype), False, scale, drop)
         ctx.save_for_backward(x, t, *factors)
         ctx.quantized, ctx.scale, ctx.drop = quantized, scale, drop
         return tuple(
@@ -77,17 +77,17 @@ class _LoraLinears(torch.autograd.Function):
         if any(needs_B):
             across = t.t().contiguous()
             for i, dy in enumerate(dys):
-                dB = ops.matmul_low_rank(across[ranks[i]], dy, True, dtype=torch.float32).t()
+                dB = ops.matmul_dense(across[ranks[i]], dy, True, dtype=torch.float32).t()
                 gradients[2 * i + 1] = dB.to(factors[2 * i + 1].dtype)
         dx: Tensor | None = None
         if needs_x or any(needs_A):
             dts = [
-                ops.matmul_low_rank(dy, lora_B.to(dtype), True, ctx.scale)
+                ops.matmul_dense(dy, lora_B.to(dtype), True, ctx.scale)
                 for dy, lora_B in zip(dys, factors[1::2], strict=True)
             ]
             if any(needs_A):
                 across = _stacked([dt.t() for dt in dts]).contiguous()
-                dA = ops.matmul_low_rank(across, x, True, 1.0, ctx.drop, torch.float32)
+                dA = ops.matmul_dense(across, x, True, 1.0, ctx.drop, torch.float32)
                 gradients[::2] = [dA[rank].to(lora_A.dtype) for rank, lora_A in zip(ranks, factors[::2], strict=True)]
             if needs_x:
                 low_rank = _stacked(dts, dim=1), _stacked(factors[::2]).to(dtype)

@@ -22,7 +22,7 @@ from halfbyte.ops.layer_norm import layer_norm, layer_norm_backward
 from halfbyte.ops.linear_cross_entropy import linear_cross_entropy
 from halfbyte.ops.matmul_4bit import Nested, matmul_4bit
 from halfbyte.ops.matmul_4bit_sum import Term, matmul_4bit_sum
-from halfbyte.ops.matmul_low_rank import matmul_low_rank
+from halfbyte.ops.matmul_dense import matmul_dense
 from halfbyte.ops.quantize_4bit import quantize_4bit
 from halfbyte.ops.quantize_8bit import quantize_8bit
 from halfbyte.ops.rms_norm import rms_norm, rms_norm_backward
@@ -57,7 +57,7 @@ __all__ = [
     "linear_cross_entropy",
     "matmul_4bit",
     "matmul_4bit_sum",
-    "matmul_low_rank",
+    "matmul_dense",
     "quantize_4bit",
     "quantize_8bit",
     "rms_norm",

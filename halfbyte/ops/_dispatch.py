@@ -49,7 +49,7 @@ TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("linear_cross_entropy", "cpu"): (*NATIVE, "reference"),
     ("matmul_4bit", "cpu"): (*NATIVE, "reference"),
     ("matmul_4bit_sum", "cpu"): (*NATIVE, "reference"),
-    ("matmul_low_rank", "cpu"): (*NATIVE, "reference"),
+    ("matmul_dense", "cpu"): (*NATIVE, "reference"),
     ("rms_norm", "cpu"): (*NATIVE, "reference"),
     ("rms_norm_backward", "cpu"): (*NATIVE, "reference"),
     ("rotary", "cpu"): (*NATIVE, "reference"),

@@ -159,9 +159,9 @@ def _low_rank(values: int) -> _Case:
 
     def make(dtype: torch.dtype) -> Call:
         arguments = x.to(dtype), w.to(dtype)
-        return lambda: (ops.matmul_low_rank(*arguments, False, 2.0, ops.Dropout(3, 0.1)),)
+        return lambda: (ops.matmul_dense(*arguments, False, 2.0, ops.Dropout(3, 0.1)),)
 
-    return _Case("matmul_low_rank", x.numel(), make)
+    return _Case("matmul_dense", x.numel(), make)
 
 
 def _attention(values: int) -> list[_Case]:

@@ -94,8 +94,8 @@ def test_together_as_alone(changes: dict[str, object], model_directory: Callable
 def test_one_call_for_the_group(model_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapt(model_directory("llama"))
     calls = []
-    original = ops.matmul_low_rank
-    monkeypatch.setattr(ops, "matmul_low_rank", lambda *a, **k: calls.append(a[1].shape[0]) or original(*a, **k))
+    original = ops.matmul_dense
+    monkeypatch.setattr(ops, "matmul_dense", lambda *a, **k: calls.append(a[1].shape[0]) or original(*a, **k))
     with torch.no_grad():
         model(input_ids=INPUT_IDS)
     assert calls == [12, 4, 8, 4] * 2  # ranks of q, k and v; of o; of gate and up; of down

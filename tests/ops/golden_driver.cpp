@@ -46,8 +46,9 @@ static bool run_matmul(std::FILE* file, const int64_t* head, const Bytes& codebo
     Bytes y(expected.size(), 0xff);
     Weight4bit weight = {codes.data(), floats(absmax),   nullptr,    nullptr, nullptr,
                          0.0f,         floats(codebook), block_size, out,     in};
-    HALFBYTE_ISA::kernels.matmul_4bit({x.data(), stride, dtype, rows, weight, transposed, left.data(),
-                                       left_stride, right.data(), rank, Dropout{0, 0}, y.data()},
+    const Matmul4bitTerm term = {x.data(), stride, weight};
+    HALFBYTE_ISA::kernels.matmul_4bit({&term, 1, dtype, rows, transposed, left.data(), left_stride,
+                                       right.data(), rank, Dropout{0, 0}, y.data()},
                                       1);
     return y == expected;
 }

@@ -93,7 +93,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "quantize_8bit": (torch.randn(10, 13), CODEBOOKS_256["signed"], 256),
     "dequantize_8bit": (PACKED.view(8, 8), ABSMAX[:1], CODEBOOKS_256["signed"], 256),
     "matmul_4bit": (torch.randn(3, 16).bfloat16(), PACKED, ABSMAX, CODEBOOKS_16["nf4"], 64, [8, 16]),
-    "matmul_low_rank": (torch.randn(3, 16).bfloat16(), torch.randn(8, 16).bfloat16()),
+    "matmul_dense": (torch.randn(3, 16).bfloat16(), torch.randn(8, 16).bfloat16()),
 }
 LISTS = {
     "matmul_4bit_sum": (
@@ -130,7 +130,7 @@ def test_thread_count_does_not_show(op: str, implementation: str) -> None:
             64,
             [1600, 640],
         ),
-        "matmul_low_rank": (torch.randn(700, 300), torch.randn(16, 300)),
+        "matmul_dense": (torch.randn(700, 300), torch.randn(16, 300)),
     }
     before = torch.get_num_threads()
     try:

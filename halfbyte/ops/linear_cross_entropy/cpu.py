@@ -1,4 +1,4 @@
-"""linear_cross_entropy on the CPU: products by torch (oneDNN), what lies between them by the compiled kernel."""
+"""linear_cross_entropy on the compiled kernels; what few models have, a bias or a weight to train, by torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from halfbyte import _C
 from halfbyte.ops import _checks
 from halfbyte.ops._memory import empty
+from halfbyte.ops.matmul_dense.cpu import multiply_into
 
 # Of logits at a time. More rows a chunk mean that the weight is read less often; beyond this it no longer shows.
 CHUNK_BYTES = 32 << 20
@@ -37,7 +38,7 @@ def linear_cross_entropy(
         part = hidden[start : start + rows]
         logits = buffer[: len(part)]
         if bias is None:
-            torch.mm(part, weight.t(), out=logits)
+            multiply_into(logits, part, weight, False)
         else:
             torch.addmm(bias, part, weight.t(), out=logits)
         _C.cross_entropy(
@@ -53,7 +54,7 @@ def linear_cross_entropy(
             torch.get_num_threads(),
         )
         if needs_grad:
-            torch.mm(logits, weight, out=grad_hidden[start : start + rows])
+            multiply_into(grad_hidden[start : start + rows], logits, weight, True)
         if needs_weight_grad:
             grad_weight += logits.t() @ part
         if has_bias_grad:

@@ -1,5 +1,5 @@
-// Dropout by a counter, and products with one side of low rank: what LoRA adds to a layer. Included by
-// kernels.hpp, whose rules hold.
+// Dropout by a counter, and products of dense matrices: what LoRA adds to a layer, and the output layer.
+// Included by kernels.hpp, whose rules hold.
 #pragma once
 
 namespace halfbyte {
@@ -17,7 +17,7 @@ struct Dropout {
 //
 // Sums are float32. Rows of `x` lie `x_stride` values apart and, where dtype is bf16 and depth odd, are
 // followed by a readable zero; rows of `w` lie `w_stride` apart; y is dense.
-struct MatmulLowRank {
+struct MatmulDense {
     const void* x;
     int64_t x_stride;
     const void* w;

@@ -1,9 +1,10 @@
-"""Dense products with one side of low rank: what LoRA adds to a layer, forward and backward.
+"""Products of dense matrices: what LoRA adds to a layer, forward and backward, and the output layer's.
 
     t  = s · drop(x) · Aᵀ        dA = dtᵀ · drop(x)
     dt = s · dy · B              dBᵀ = tᵀ · dy
 
-The activations are the large side and are read once; the mask of a dropout is made while they are read.
+With LoRA one side is of low rank: the activations are the large side and are read once, and the mask of a dropout is
+made while they are read.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from halfbyte.ops import _checks, _dispatch
 from halfbyte.ops._dropout import Dropout
 from halfbyte.ops._library import register
 
-_OP = "matmul_low_rank"
+_OP = "matmul_dense"
 
 
-def matmul_low_rank(
+def matmul_dense(
     x: Tensor,  # (M, K)
     w: Tensor,  # (N, K), or (K, N) when transposed; the dtype of x: float32, bfloat16 or float16
     transpose: bool = False,
@@ -31,7 +32,7 @@ def matmul_low_rank(
 ) -> Tensor:  # (M, N)
     """`scale · drop(x) · wᵀ`, or `scale · x · drop(w)` when transposed; sums are float32 and rounded once."""
     seed, threshold = (dropout.seed, dropout.threshold) if dropout is not None else (0, 0)
-    return cast(Tensor, _matmul_low_rank(x, w, transpose, scale, seed, threshold, dtype))
+    return cast(Tensor, _matmul_dense(x, w, transpose, scale, seed, threshold, dtype))
 
 
 def _run(
@@ -67,8 +68,8 @@ def _fake(
     return x.new_empty((x.shape[0], w.shape[1] if transpose else w.shape[0]), dtype=dtype)
 
 
-_matmul_low_rank = register(
-    "matmul_low_rank(Tensor x, Tensor w, bool transpose=False, float scale=1.0, int seed=0, int threshold=0, "
+_matmul_dense = register(
+    "matmul_dense(Tensor x, Tensor w, bool transpose=False, float scale=1.0, int seed=0, int threshold=0, "
     "ScalarType? dtype=None) -> Tensor",
     _run,
     _fake,

@@ -1,4 +1,4 @@
-"""The oracle of matmul_low_rank: plain torch, on any device."""
+"""The oracle of matmul_dense: plain torch, on any device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from halfbyte.ops._dropout import STEPS, Dropout
 
 
-def matmul_low_rank(
+def matmul_dense(
     x: Tensor, w: Tensor, transpose: bool, scale: float, seed: int, threshold: int, dtype: torch.dtype
 ) -> Tensor:
     if threshold:

@@ -1,4 +1,4 @@
-"""matmul_low_rank, and the mask that it and matmul_4bit drop by."""
+"""matmul_dense, and the mask that it and matmul_4bit drop by."""
 
 import pytest
 import torch
@@ -39,9 +39,9 @@ def test_as_good_as_reference(
         x, w = operands(shape, dtype, transpose)
         exact = exact_product(x, w, transpose, 1.7, dropout)
         for result in (dtype, torch.float32):
-            y = ops.matmul_low_rank(x, w, transpose, 1.7, dropout, result)
+            y = ops.matmul_dense(x, w, transpose, 1.7, dropout, result)
             assert ops.executed_implementation() == implementation
-            reference = by_reference(ops.matmul_low_rank, x, w, transpose, 1.7, dropout, result)
+            reference = by_reference(ops.matmul_dense, x, w, transpose, 1.7, dropout, result)
             assert y.dtype == result
             assert y.shape == exact.shape
             # Slack: float32 sums in another order, over terms that mostly cancel.
@@ -56,17 +56,17 @@ def test_as_good_as_reference(
 def test_rows_may_be_strided(implementation: str, transpose: bool) -> None:
     for dtype in DTYPES:
         x, w = operands((9, 40, 33), dtype, transpose)
-        expected = ops.matmul_low_rank(x, w, transpose)
+        expected = ops.matmul_dense(x, w, transpose)
         for wide in (torch.nn.functional.pad(x, (3, 9)), torch.nn.functional.pad(x, (4, 9))):
             first = 3 if torch.equal(wide[:, 3:43], x) else 4
-            assert torch.equal(ops.matmul_low_rank(wide[:, first : first + 40], w, transpose), expected)
+            assert torch.equal(ops.matmul_dense(wide[:, first : first + 40], w, transpose), expected)
         columns_first = x.t().contiguous().t(), w.t().contiguous().t()
-        assert torch.equal(ops.matmul_low_rank(*columns_first, transpose), expected)
+        assert torch.equal(ops.matmul_dense(*columns_first, transpose), expected)
 
 
 def test_no_rows_and_no_sum(implementation: str) -> None:
-    assert ops.matmul_low_rank(torch.ones(0, 4), torch.ones(3, 4)).shape == (0, 3)
-    assert torch.equal(ops.matmul_low_rank(torch.ones(2, 0), torch.ones(3, 0)), torch.zeros(2, 3))
+    assert ops.matmul_dense(torch.ones(0, 4), torch.ones(3, 4)).shape == (0, 3)
+    assert torch.equal(ops.matmul_dense(torch.ones(2, 0), torch.ones(3, 0)), torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("transpose", [0, 1], ids=["across", "transposed"])
@@ -75,10 +75,10 @@ def test_writes_all_of_its_output_and_nothing_else(implementation: str, transpos
         for rows, depth, columns in ((3, 64, 33), (20, 40, 16), (16, 34, 130)):
             x, w = operands((rows, depth, columns), dtype, bool(transpose))
             for result in (dtype, torch.float32):
-                expected = ops.matmul_low_rank(x, w, bool(transpose), dtype=result)
+                expected = ops.matmul_dense(x, w, bool(transpose), dtype=result)
                 used = expected.nbytes
                 y = torch.full((used + 64,), 0xFF, dtype=torch.uint8)  # NaN in every type
-                _C.matmul_low_rank(
+                _C.matmul_dense(
                     *(x.data_ptr(), depth, w.data_ptr(), w.stride(0), DTYPES.index(dtype), rows, depth, columns),
                     *(bool(transpose), 1.0, 0, 0, y.data_ptr(), result == torch.float32, 2),
                 )
@@ -95,9 +95,9 @@ def test_the_mask_is_the_references(implementation: str, dtype: torch.dtype) -> 
     for rows, columns in ((5, 64), (70, 97), (3, 1300)):
         kept = DROPOUT.kept(rows, columns)
         ones = torch.ones(rows, columns, dtype=dtype)
-        across = ops.matmul_low_rank(ones, torch.eye(columns, dtype=dtype), False, 1.0, DROPOUT)
+        across = ops.matmul_dense(ones, torch.eye(columns, dtype=dtype), False, 1.0, DROPOUT)
         assert torch.equal(across, kept.to(dtype))
-        along = ops.matmul_low_rank(torch.eye(rows, dtype=dtype), ones, True, 1.0, DROPOUT)
+        along = ops.matmul_dense(torch.eye(rows, dtype=dtype), ones, True, 1.0, DROPOUT)
         assert torch.equal(along, kept.to(dtype))
         weight = random_weight((40, columns), 32)
         low_rank = torch.ones(rows, 2, dtype=dtype), torch.ones(2, columns, dtype=dtype)
@@ -157,8 +157,8 @@ def test_seeds_come_from_torchs_generator() -> None:
 
 def test_all_and_nothing() -> None:
     x, w = torch.randn(4, 32), torch.randn(2, 32)
-    assert torch.equal(ops.matmul_low_rank(x, w, dropout=ops.Dropout(1, 1.0)), torch.zeros(4, 2))
-    assert torch.equal(ops.matmul_low_rank(x, w, dropout=ops.Dropout(1, 0.0)), ops.matmul_low_rank(x, w))
+    assert torch.equal(ops.matmul_dense(x, w, dropout=ops.Dropout(1, 1.0)), torch.zeros(4, 2))
+    assert torch.equal(ops.matmul_dense(x, w, dropout=ops.Dropout(1, 0.0)), ops.matmul_dense(x, w))
 
 
 @pytest.mark.parametrize(
@@ -172,4 +172,4 @@ def test_all_and_nothing() -> None:
 )
 def test_refusals(x: Tensor, w: Tensor, dtype: torch.dtype | None, message: str) -> None:
     with pytest.raises(HalfbyteError, match=message):
-        ops.matmul_low_rank(x, w, dtype=dtype)
+        ops.matmul_dense(x, w, dtype=dtype)

@@ -1,4 +1,4 @@
-"""matmul_low_rank on the compiled kernels."""
+"""matmul_dense on the compiled kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from halfbyte.ops._memory import empty
 from halfbyte.ops._rows import rows_of
 
 
-def matmul_low_rank(
+def matmul_dense(
     x: Tensor, w: Tensor, transpose: bool, scale: float, seed: int, threshold: int, dtype: torch.dtype
 ) -> Tensor:
     rows, depth = x.shape
@@ -19,12 +19,26 @@ def matmul_low_rank(
     if depth == 0:
         return torch.zeros(rows, columns, dtype=dtype, device="cpu")
     y = empty((rows, columns), dtype)
-    if y.numel() == 0:
-        return y
+    if y.numel():
+        multiply_into(y, x, w, transpose, scale, seed, threshold)
+    return y
+
+
+def multiply_into(
+    y: Tensor,  # (M, N), dense; the dtype of x, or float32
+    x: Tensor,
+    w: Tensor,
+    transpose: bool,
+    scale: float = 1.0,
+    seed: int = 0,
+    threshold: int = 0,
+) -> None:
+    """As `matmul_dense`, for matrices that are not empty, into memory that is there."""
+    rows, depth = x.shape
     x = rows_of(x)
     if w.stride(-1) != 1:
         w = w.contiguous()
-    _C.matmul_low_rank(
+    _C.matmul_dense(
         x.data_ptr(),
         x.stride(0),
         w.data_ptr(),
@@ -32,13 +46,12 @@ def matmul_low_rank(
         _checks.FLOAT_DTYPES.index(x.dtype),
         rows,
         depth,
-        columns,
+        y.shape[1],
         transpose,
         scale,
         seed,
         threshold,
         y.data_ptr(),
-        dtype == torch.float32,
+        y.dtype == torch.float32,
         torch.get_num_threads(),
     )
-    return y
