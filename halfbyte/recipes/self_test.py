@@ -100,7 +100,7 @@ def _fastest(call: Call) -> float:
 
 
 def _cases(values: int) -> list[_Case]:
-    products = [_product(values), _low_rank(values), *_attention(values), _decode(values)]
+    products = [_product(values), _sum(values), _dense(values), *_attention(values), _decode(values)]
     blocks = [*_norms(values), *_gates(values), _rotary(values), _loss(values)]
     return [*_quantization(values), *products, *blocks, _adamw(values), _adamw_8bit(values)]
 
@@ -152,7 +152,26 @@ def _product(values: int) -> _Case:
     return _Case("matmul_4bit", 2 * rows * weight.numel(), make)
 
 
-def _low_rank(values: int) -> _Case:
+def _sum(values: int) -> _Case:
+    """Two weights that read one input; throughput in multiplications with weights."""
+    rows, width = 61, 193
+    heights = values // (16 * width) + 1, values // (16 * width) + 8
+    nf4, weights = torch.tensor(CODEBOOKS["nf4"]), [0.1 * _random(height, width, seed=height) for height in heights]
+    with ops.forced_implementation(REFERENCE):
+        quantized = [ops.quantize_4bit(weight, nf4, 64) for weight in weights]
+    t, A = _random(rows, 16, seed=1), 0.1 * _random(16, width, seed=2)
+
+    def make(dtype: torch.dtype) -> Call:
+        terms = [
+            ops.Term(_random(rows, height, seed=3).to(dtype), *constants, height)
+            for height, constants in zip(heights, quantized, strict=True)
+        ]
+        return lambda: (ops.matmul_4bit_sum(terms, nf4, 64, width, (t.to(dtype), A.to(dtype)), ops.Dropout(3, 0.1)),)
+
+    return _Case("matmul_4bit_sum", rows * sum(weight.numel() for weight in weights), make)
+
+
+def _dense(values: int) -> _Case:
     """Throughput in values of the large side."""
     width = 577
     x, w = _random(values // width + 1, width), _random(16, width, seed=1)
