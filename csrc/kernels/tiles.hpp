@@ -91,12 +91,6 @@ void multiply_tile(const typename P::Value* a, int64_t stride, const typename P:
     HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
         HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v) acc[i][v] = zero();
     }
-    if (!fresh) {
-        HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
-            HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v) acc[i][v] =
-                load(sums + (i * S::vectors + v) * lanes);
-        }
-    }
     constexpr int64_t line_steps = cache_line / static_cast<int64_t>(P::depth * sizeof(typename P::Value));
     for (int64_t step = 0; step < steps;) {
         // What the next tile of rows will read.
@@ -112,6 +106,13 @@ void multiply_tile(const typename P::Value* a, int64_t stride, const typename P:
             }
             a += P::depth;
             panel += S::columns * P::depth;
+        }
+    }
+    // What is there already is added last: a long sum is made of short ones, and so nearer to the exact one.
+    if (!fresh) {
+        HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
+            HALFBYTE_UNROLL for (int v = 0; v < S::vectors; ++v) acc[i][v] =
+                acc[i][v] + load(sums + (i * S::vectors + v) * lanes);
         }
     }
     HALFBYTE_UNROLL for (int i = 0; i < rows; ++i) {
