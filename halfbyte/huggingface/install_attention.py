@@ -1,6 +1,7 @@
 """Puts halfbyte's attention into a model, after seeing that it computes what the model's own does.
 
-The model is run twice on two short rows, one of them padded on the left: as it is, and with halfbyte's masks. Every
+The model is run twice on two short rows, one of them padded on the left: as it is, and with halfbyte's masks, and with
+random numbers for the outputs of its 4-bit layers, so that none of those weights has to be read. Every
 layer's queries, keys and values of the first run are then attended by both, each with its own mask, and held against
 the model's own attention in float32: ours may be no further from that than twice what the model's own is in the
 model's type, in outputs and gradients.
@@ -19,6 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from halfbyte.huggingface.attention import NAME, eager_of, halfbyte_attention, register, uncounted
 from halfbyte.huggingface.attention_mask import halfbyte_mask
+from halfbyte.huggingface.stand_ins import output_shape, stand_ins
+from halfbyte.nn import Linear4bit
 
 _PROBE = "halfbyte_probe"
 _TOKENS, _PADDING = 19, 5
@@ -100,7 +103,12 @@ def _calls_of(
 
     AttentionInterface.register(_PROBE, probe)
     AttentionMaskInterface.register(_PROBE, make_mask)
-    with _evaluating(model), torch.no_grad():
+    generator = torch.Generator().manual_seed(1)
+
+    def random_output(layer: nn.Module, x: Tensor) -> Tensor:
+        return torch.randn(output_shape(layer, x), generator=generator).to(x.dtype)
+
+    with _evaluating(model), torch.no_grad(), stand_ins(model, Linear4bit, random_output):
         model(input_ids=ids, attention_mask=token.long(), use_cache=False)
     return calls
 

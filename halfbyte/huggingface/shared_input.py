@@ -5,12 +5,13 @@ output waiting. Who reads what is found by experiment: one forward of two tokens
 input and gives zeros back, so that no weight is touched.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from halfbyte.huggingface.stand_ins import output_shape, stand_ins
 
 
 class SharedInput:
@@ -45,10 +46,15 @@ def find_shared_inputs(model: nn.Module, kind: type[nn.Module]) -> list[list[nn.
     """The layers of `kind` that stand side by side in one module and read one tensor; none if the model needs more
     than ids to run."""
     seen: list[tuple[nn.Module, Tensor]] = []
+
+    def note(layer: nn.Module, x: Tensor) -> Tensor:
+        seen.append((layer, x))  # and so kept: no other tensor can take its place in memory meanwhile
+        return x.new_zeros(output_shape(layer, x))
+
     modes = {module: module.training for module in model.modules()}  # they may differ: PEFT's wrapper is in training
     model.eval()
     try:
-        with torch.no_grad(), _noting_inputs(model, kind, seen):
+        with torch.no_grad(), stand_ins(model, kind, note):
             parameter = next(model.parameters())
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=parameter.device), use_cache=False)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
@@ -64,20 +70,3 @@ def find_shared_inputs(model: nn.Module, kind: type[nn.Module]) -> list[list[nn.
     return [
         group for group in groups.values() if len(group) > 1 and all(called_once.count(layer) == 1 for layer in group)
     ]
-
-
-@contextmanager
-def _noting_inputs(model: nn.Module, kind: type[nn.Module], seen: list[tuple[nn.Module, Tensor]]) -> Iterator[None]:
-    def noting(layer: nn.Module) -> Callable[..., Tensor]:
-        def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-            seen.append((layer, x))  # and so kept: no other tensor can take its place in memory meanwhile
-            return x.new_zeros((*x.shape[:-1], layer.out_features))  # type: ignore[arg-type]
-
-        return forward
-
-    with ExitStack() as stack:
-        for layer in [module for module in model.modules() if isinstance(module, kind)]:
-            if "forward" not in vars(layer):  # else something wraps it, and must go on doing so
-                layer.forward = noting(layer)
-                stack.callback(delattr, layer, "forward")
-        yield
