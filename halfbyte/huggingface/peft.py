@@ -24,6 +24,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.shared_input import SharedInput, find_shared_inputs
 from halfbyte.huggingface.source import reason
 from halfbyte.nn import Linear4bit, lora_linears
+from halfbyte.ops import MOST_TERMS
 from halfbyte.quant import QuantizedTensor, quantize_4bit
 
 # PEFT's initial values that do not look at the base weight.
@@ -183,9 +184,10 @@ def read_adapter_config(directory: Path | str) -> LoraConfig:
 
 def _share_inputs(model: PeftModel) -> None:
     for layers in find_shared_inputs(model, LoraLinear4bit):
-        group = SharedInput(layers)
-        for layer in group.layers:
-            layer.shared_input = group
+        for begin in range(0, len(layers), MOST_TERMS):
+            group = SharedInput(layers[begin : begin + MOST_TERMS])
+            for layer in group.layers:
+                layer.shared_input = group
 
 
 def _register(config: LoraConfig) -> None:

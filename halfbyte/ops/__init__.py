@@ -21,7 +21,7 @@ from halfbyte.ops.gated import ACTIVATIONS, gated, gated_backward
 from halfbyte.ops.layer_norm import layer_norm, layer_norm_backward
 from halfbyte.ops.linear_cross_entropy import linear_cross_entropy
 from halfbyte.ops.matmul_4bit import Nested, matmul_4bit
-from halfbyte.ops.matmul_4bit_sum import Term, matmul_4bit_sum
+from halfbyte.ops.matmul_4bit_sum import MOST_TERMS, Term, matmul_4bit_sum
 from halfbyte.ops.matmul_dense import matmul_dense
 from halfbyte.ops.quantize_4bit import quantize_4bit
 from halfbyte.ops.quantize_8bit import quantize_8bit
@@ -32,6 +32,7 @@ __all__ = [
     "ACTIVATIONS",
     "ENVIRONMENT_VARIABLE",
     "FLOAT_DTYPES",
+    "MOST_TERMS",
     "DecodeLayer",
     "DecodeLinear",
     "DecodeModel",

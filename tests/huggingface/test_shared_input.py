@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import halfbyte
 from halfbyte import add_lora, ops
+from halfbyte.huggingface import peft as peft_module
 from halfbyte.huggingface.peft import LoraLinear4bit
 from halfbyte.huggingface.shared_input import SharedInput, find_shared_inputs
 
@@ -50,6 +51,13 @@ def test_looking_for_them_changes_nothing(model_directory: Callable[[str], Path]
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert not any("forward" in vars(m) for m in model.modules() if isinstance(m, LoraLinear4bit))
+
+
+def test_a_group_is_no_larger_than_a_sum_may_be(
+    model_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peft_module, "MOST_TERMS", 2)
+    assert groups_of(adapt(model_directory("llama"))) == {("q_proj", "k_proj"), ("v_proj",), ("gate_proj", "up_proj")}
 
 
 class _NeedsMore(nn.Module):
