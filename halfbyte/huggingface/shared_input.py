@@ -5,6 +5,7 @@ output waiting. Who reads what is found by experiment: one forward of two tokens
 input and gives zeros back, so that no weight is touched.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,7 +67,5 @@ def find_shared_inputs(model: nn.Module, kind: type[nn.Module]) -> list[list[nn.
     groups: dict[tuple[int, int], list[nn.Module]] = {}
     for layer, x in seen:
         groups.setdefault((id(parents[layer]), id(x)), []).append(layer)
-    called_once = [layer for layer, _ in seen]
-    return [
-        group for group in groups.values() if len(group) > 1 and all(called_once.count(layer) == 1 for layer in group)
-    ]
+    calls = Counter(layer for layer, _ in seen)
+    return [group for group in groups.values() if len(group) > 1 and all(calls[layer] == 1 for layer in group)]

@@ -112,7 +112,7 @@ def _run(
         _checks.check_tensor(_OP, "A", right, dtype, rank * in_features, device)
     y = _dispatch.call(
         _OP,
-        "cpu" if device.type == "cpu" else device.type,
+        device.type,
         *(x, packed, absmax, out_features, codebook, block_size, in_features),
         *(nested_absmax, nested_codebook, nested_offset, left, right, seed, threshold),
     )
