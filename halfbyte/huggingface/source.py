@@ -111,9 +111,10 @@ def read_safetensors(directory: Path) -> dict[str, Any]:
         HalfbyteError: a shard is missing or truncated, or the weights are in a format that is not read.
     """
     tensors: dict[str, Any] = {}
-    for file in _safetensors_files(directory):
+    for file in safetensors_files(directory):
         try:
-            # pread, not a memory map: pages of the file would count as this process's memory.
+            # pread, not a memory map: pages of the file would count as this process's memory. (What is kept as it is
+            # on disk, and not quantized, is mapped: mapped.py.)
             handle = safe_open(file, framework="pt", backend="pread")
             names = handle.keys()  # type: ignore[no-untyped-call]
             tensors.update({name: handle.get_slice(name) for name in names})  # type: ignore[no-untyped-call]
@@ -124,7 +125,8 @@ def read_safetensors(directory: Path) -> dict[str, Any]:
     return tensors
 
 
-def _safetensors_files(directory: Path) -> list[Path]:
+def safetensors_files(directory: Path) -> list[Path]:
+    """The files of a directory's tensors.  Raises HalfbyteError where there are none, or one is missing."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.is_file():

@@ -15,6 +15,7 @@ from torch import nn
 from halfbyte.config import FinetuneConfig, memory_bytes
 from halfbyte.data import Batch, Example
 from halfbyte.errors import HalfbyteError
+from halfbyte.huggingface.mapped import mapped_bytes
 from halfbyte.huggingface.recompute import LEVELS, choose_recomputation, measure_activation_bytes, set_recomputation
 
 MARGIN = 0.9  # of what is there: the allocator's gaps, and what other programs will ask for
@@ -101,6 +102,8 @@ def plan_memory(config: FinetuneConfig, model: nn.Module, train: list[Example], 
     tokens = min(rows, len(train)) * max(len(example.input_ids) for example in train)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     spare = _spare_bytes(config.max_memory, device) - _OPTIMIZER_BYTES * trainable - _LOGITS_BYTES
+    if config.max_memory is None:  # pages of files count as available, since they can leave; each step wants these back
+        spare -= mapped_bytes(model)
     if config.gradient_checkpointing == "auto":
         level = choose_recomputation(bytes_a_token, tokens, spare)
     else:
