@@ -1,5 +1,6 @@
 """A causal language model in 4 bits, built on the meta device and filled tensor by tensor."""
 
+import copy
 import logging
 import sys
 from collections.abc import Iterator
@@ -119,14 +120,7 @@ def _build(
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if not sys.stderr.isatty():
         disable_progress_bar()  # a bar that cannot be redrawn is a page of noise
-    try:
-        with torch.device("meta"):
-            model_class(config)
-    except Exception as error:  # sizes that do not divide, names that are not known: every model has its own
-        kind = type(error).__name__
-        raise HalfbyteError(
-            f"{source.path}: no model can be built from its config ({kind}: {reason(error)})."
-        ) from error
+    build_on_meta(source, config, dtype)
     try:
         with first_conversion_error(), _quiet_transformers():
             model, report = model_class.from_pretrained(
@@ -152,6 +146,22 @@ def _build(
     model.config.name_or_path = source.name
     model.name_or_path = source.name
     return model.eval()
+
+
+def build_on_meta(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a configuration, with shapes and no numbers.
+
+    Raises:
+        HalfbyteError: no model can be built from the configuration.
+    """
+    try:
+        with torch.device("meta"):
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(copy.deepcopy(config), dtype=dtype)
+    except Exception as error:  # sizes that do not divide, names that are not known: every model has its own
+        kind = type(error).__name__
+        raise HalfbyteError(
+            f"{source.path}: no model can be built from its config ({kind}: {reason(error)})."
+        ) from error
 
 
 def _check_complete(source: Source, model: PreTrainedModel, report: dict[str, Any]) -> None:

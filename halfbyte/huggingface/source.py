@@ -16,6 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from halfbyte.errors import HalfbyteError
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_WEIGHTS = ["*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Source:
         return self.gguf_file or self.directory
 
 
-def locate(model_name_or_path: str) -> Source:
-    """Find a model, downloading it if it is a hub id.
+def locate(model_name_or_path: str, with_weights: bool = True) -> Source:
+    """Find a model, downloading it if it is a hub id; without its weights where those are not wanted.
 
     Raises:
         HalfbyteError: there is no such file or directory and no such model on the hub, or it holds no model.
@@ -50,17 +51,18 @@ def locate(model_name_or_path: str) -> Source:
         is_hub_id = model_name_or_path.count("/") == 1 and not path.parent.is_dir()
         if path.is_absolute() or path.suffix == ".gguf" or not is_hub_id:
             raise HalfbyteError(f"There is no model at {path}; give a directory, a .gguf file or a hub id.")
-        path = _download(model_name_or_path)
+        path = _download(model_name_or_path, with_weights)
     if not (path / "config.json").is_file():
         raise HalfbyteError(f"{path} holds no config.json, so it is not a model's directory.")
     return Source(model_name_or_path, path)
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+        unwanted = None if with_weights else _WEIGHTS
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=unwanted))
     except Exception as error:  # the hub's client raises many kinds; all mean that there is no model
         raise HalfbyteError(
             f"There is no directory {repository}, and the hub did not give a model of that name ({reason(error)})."
