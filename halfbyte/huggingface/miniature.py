@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from halfbyte.huggingface.outline import decoder_layers, kinds_of_layers, values_a_layer
 from halfbyte.huggingface.patch import accelerate_model
 from halfbyte.huggingface.peft import share_inputs
-from halfbyte.huggingface.recompute import measure_activation_bytes, set_recomputation
+from halfbyte.huggingface.recompute import peak_activation_bytes, probe_activations, set_recomputation
 from halfbyte.nn import Linear4bit, supervised_loss
 from halfbyte.optim import AdamW
 from halfbyte.quant import DoubleQuantized, QuantizedTensor
@@ -64,9 +64,9 @@ def make_miniatures(outline: PeftModel) -> Family:
     return Family(_miniature(outline, first), tuple(longer))
 
 
-def predict_activation_bytes(family: Family) -> dict[str, float]:
+def predict_activation_bytes(family: Family, layers: int) -> dict[str, float]:
     """What `measure_activation_bytes` would find on the whole model: level -> bytes a token of a micro-batch."""
-    return family.extrapolate(measure_activation_bytes)
+    return peak_activation_bytes(family.extrapolate(probe_activations), layers)
 
 
 def time_pass(family: Family, level: str, rows: int, length: int, seconds: float) -> dict[str, float]:

@@ -74,7 +74,7 @@ def _ways(plan: Plan) -> Iterator[Plan]:
             yield plan
     shorter = (plan.settings.length - 1) // _LENGTH_STEP * _LENGTH_STEP
     for length in range(shorter, _SHORTEST - 1, -_LENGTH_STEP):
-        plan = plan.with_settings(length=length)
+        plan = plan.with_settings(length=length, evaluated_length=min(length, plan.settings.evaluated_length))
         yield plan
     rank = plan.settings.rank // 2
     while rank >= _SMALLEST_RANK:

@@ -63,7 +63,8 @@ class Settings:
     state_bits: int
     paged: bool
     rank: int  # of the adapters
-    evaluated_rows: int = 0  # in one pass over held-out rows
+    evaluated_rows: int = 0  # held-out rows in one pass; 0: none are evaluated
+    evaluated_length: int = 0  # tokens of the longest of them
 
     @property
     def tokens(self) -> int:
@@ -101,7 +102,7 @@ class Plan:
         moments = {"loading the model": loading, "a training step": sum(parts.values())}
         if settings.evaluated_rows:
             without = parts["gradients"] + parts["activations"]
-            layer = footprint.layer_bytes * settings.evaluated_rows * settings.length
+            layer = footprint.layer_bytes * settings.evaluated_rows * settings.evaluated_length
             moments["an evaluation"] = round(moments["a training step"] - without + layer)
         return moments
 

@@ -77,15 +77,14 @@ def plan_run(
         process_bytes=psutil.Process().memory_info().rss,  # by now all that a run imports is there
         threads=torch.get_num_threads(),
     )
-    rows = config.per_device_train_batch_size
-    examples = [*train, *held_out]
     settings = Settings(
-        rows=min(rows, len(train)) if train else rows,
+        rows=_rows(config.per_device_train_batch_size, train),
         accumulation=config.gradient_accumulation_steps,
-        length=max((len(example.input_ids) for example in examples), default=config.max_length),
+        length=_longest(train, config.max_length),
         level="full" if config.gradient_checkpointing is True and "full" in activation_bytes else "none",
         rank=config.lora_r,
-        evaluated_rows=_evaluated_rows(config, held_out),
+        evaluated_rows=0 if config.eval_dataset is None else _rows(config.per_device_eval_batch_size, held_out),
+        evaluated_length=_longest(held_out, config.max_length),
         **OPTIMIZERS[config.optim],
     )
     plan = Plan(footprint, settings, whole_budget_bytes(config.max_memory))
@@ -102,7 +101,8 @@ def _measure(config: TrainingConfig) -> tuple[Inventory, Family, dict[str, float
         getattr(torch, config.compute_dtype),
     )
     family = make_miniatures(outline)
-    return take_inventory(outline), family, predict_activation_bytes(family)
+    inventory = take_inventory(outline)
+    return inventory, family, predict_activation_bytes(family, inventory.layers)
 
 
 def describe_plan(plan: Plan) -> str:
@@ -136,8 +136,10 @@ def _gigabytes(size: int) -> str:
     return f"{math.ceil(size / 1e7) / 100:.2f}GB"
 
 
-def _evaluated_rows(config: TrainingConfig, held_out: Sequence[Example]) -> int:
-    if config.eval_dataset is None:
-        return 0
-    rows = config.per_device_eval_batch_size
-    return min(rows, len(held_out)) if held_out else rows
+def _rows(asked: int, examples: Sequence[Example]) -> int:
+    return min(asked, len(examples)) if examples else asked
+
+
+def _longest(examples: Sequence[Example], max_length: int) -> int:
+    """Tokens of the longest row; of one of max_length where no rows are known."""
+    return max((len(example.input_ids) for example in examples), default=max_length)

@@ -32,6 +32,7 @@ def plan(budget: float = 1e12, **changes: Any) -> Plan:
         "state_bits": 32,
         "paged": False,
         "rank": 16,
+        "evaluated_length": 256,
     }
     return Plan(footprint, Settings(**values | changes), int(budget))
 

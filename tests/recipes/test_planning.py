@@ -74,7 +74,7 @@ def test_a_model_that_cannot_be_measured_is_trained_without_a_plan(
     def fail(*_: Any) -> None:
         raise RuntimeError("no such layer")
 
-    monkeypatch.setattr(miniature, "measure_activation_bytes", fail)
+    monkeypatch.setattr(miniature, "probe_activations", fail)
     result, said = run(config())
     assert "note: there is no plan, for" in said
     assert "(RuntimeError: no such layer)" in said
