@@ -120,7 +120,8 @@ def _update_seconds_a_value(model: PeftModel) -> float:
         optimizer.step()
         took = min(took, time.perf_counter() - began)
     model.zero_grad(set_to_none=True)
-    return took / max(1, sum(parameter.numel() for parameter in trained))
+    values: int = sum(parameter.numel() for parameter in trained)
+    return took / max(1, values)
 
 
 # ── Making one ───────────────────────────────────────────────────────────────────────────────────────────────────────

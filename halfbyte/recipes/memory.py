@@ -117,7 +117,8 @@ def plan_memory(config: FinetuneConfig, model: nn.Module, train: list[Example], 
 
 def whole_budget_bytes(max_memory: str | None) -> int:
     """What this process may take in all: what it has by now, and what is there beside it."""
-    return round(psutil.Process().memory_info().rss + _spare_bytes(max_memory, torch.device("cpu")))
+    resident = float(psutil.Process().memory_info().rss)
+    return round(resident + _spare_bytes(max_memory, torch.device("cpu")))
 
 
 def _spare_bytes(max_memory: str | None, device: torch.device) -> float:
