@@ -36,9 +36,10 @@ def command(config: PlanConfig, as_json: bool, no_time: bool) -> None:
 def _show(report: "PlanReport", config: PlanConfig) -> None:
     plan, console = report.plan, Console(highlight=False)
     settings = plan.settings
+    passes = "1 pass" if settings.accumulation == 1 else f"{settings.accumulation} passes"
     console.print(
         f"{config.model_name_or_path}: {report.parameters:,} parameters, {report.quantized_parameters:,} of them in 4"
-        f" bits; {settings.rows} × {settings.length} tokens a pass, {settings.accumulation} passes a step",
+        f" bits; {settings.rows} × {settings.length} tokens a pass, {passes} a step",
         style="bold",
         markup=False,
         soft_wrap=True,

@@ -40,6 +40,12 @@ class Family:
     shortest: PeftModel  # a layer of each kind, or all layers where they cannot be told apart
     longer: tuple[tuple[PeftModel, float], ...]  # with more of one kind; how many times that surplus the model has
 
+    @property
+    def nbytes(self) -> int:
+        """What the miniatures themselves hold, which is their adapters."""
+        models = [self.shortest, *(model for model, _ in self.longer)]
+        return sum(p.nbytes for model in models for p in model.parameters() if p.requires_grad)
+
     def extrapolate(self, measure: Callable[[PeftModel], Mapping[str, float]]) -> dict[str, float]:
         """What the whole model would measure, key by key, for keys that every miniature has."""
         first = measure(self.shortest)

@@ -74,7 +74,8 @@ def plan_run(
         layers=inventory.layers,
         vocabulary=inventory.vocabulary,
         activation_bytes=activation_bytes,
-        process_bytes=psutil.Process().memory_info().rss,  # by now all that a run imports is there
+        # By now all that a run imports is there, and the miniatures, which will go.
+        process_bytes=psutil.Process().memory_info().rss - family.nbytes,
         threads=torch.get_num_threads(),
     )
     settings = Settings(

@@ -155,10 +155,10 @@ print(json.dumps([result.planned_bytes, result.peak_bytes]))
     ],
     ids=["kept", "recomputed", "of rank 64"],
 )
-def test_a_run_takes_what_was_planned(smollm2_gguf: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_run_takes_what_was_planned(smollm2_directory: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     settings = {"max_length": 256, "packing": True, "per_device_train_batch_size": 4, "lora_r": 16, "max_steps": 2}
     rows = write_rows(tmp_path / "rows.jsonl", rows=120)
-    config = configure(smollm2_gguf, rows, tmp_path / "run", **settings | {"save_steps": None} | changes)
+    config = configure(smollm2_directory, rows, tmp_path / "run", **settings | {"save_steps": None} | changes)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", RUN, json.dumps(config.to_dict())]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
