@@ -6,6 +6,7 @@ from halfbyte.data.examples import IGNORE_INDEX, Example, fingerprint, preview
 from halfbyte.data.packing import best_fit, pack
 from halfbyte.data.reading import read_rows, read_sources
 from halfbyte.data.rows import Alpaca, Piece, Row, Source
+from halfbyte.data.sources import is_local, source_files
 from halfbyte.data.templates import Tokenizer, render_alpaca_prompt, render_chat
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "encode_rows",
     "epoch_order",
     "fingerprint",
+    "is_local",
     "pack",
     "padded_share",
     "plan_steps",
@@ -31,5 +33,6 @@ __all__ = [
     "read_sources",
     "render_alpaca_prompt",
     "render_chat",
+    "source_files",
     "training_steps",
 ]
