@@ -6,7 +6,6 @@ import io
 import json
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -123,6 +122,13 @@ def as_parquet(data: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def arrow_of(data: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, data.schema) as writer:
+        writer.write_table(data)
+    return sink.getvalue().to_pybytes()
+
+
 HEADER = b"instruction,output\n"
 # What is wrong, and at which place; what nobody could go on from, and what is one row's alone.
 FATAL = {
@@ -208,20 +214,13 @@ def test_one_bad_row_stops_the_reading_or_is_handed_over(tmp_path, name):
         raise told[0]
 
 
-@pytest.mark.parametrize("kind", [as_parquet, lambda data: arrow_of(data)], ids=["parquet", "arrow"])
+@pytest.mark.parametrize("kind", [as_parquet, arrow_of], ids=["parquet", "arrow"])
 def test_a_text_that_is_not_utf8_in_a_table(tmp_path, kind):
     path = tmp_path / ("a.parquet" if kind is as_parquet else "a.arrow")
     path.write_bytes(bad_utf8_column(kind))
     told: list[HalfbyteError] = []
     assert [row.pieces[0].text for row in read_rows(path, on_bad_row=told.append)] == ["a"]
     assert [str(error) for error in told] == [f"{path} (row 2): not valid UTF-8 (invalid start byte)"]
-
-
-def arrow_of(data: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, data.schema) as writer:
-        writer.write_table(data)
-    return sink.getvalue().to_pybytes()
 
 
 def test_where_every_row_is_bad_there_is_nothing_to_learn(tmp_path):
@@ -254,7 +253,7 @@ MANY = 40_000
 def test_a_large_file_is_read_in_little_memory(tmp_path, name):
     """40 MB of rows. What Python holds at most is counted by tracemalloc, what Arrow does by its own pool."""
     path = tmp_path / name
-    plain = lines([LONG]) * MANY
+    plain = lines([LONG]) * MANY  # before tracemalloc begins to count
     made = {
         ".jsonl": lambda: plain,
         ".gz": lambda: gzip.compress(plain, 1),
@@ -265,7 +264,7 @@ def test_a_large_file_is_read_in_little_memory(tmp_path, name):
         ".arrow": lambda: arrow_of(pa.Table.from_pylist([LONG] * MANY)),
     }
     path.write_bytes(made[path.suffix]())
-    del plain, made
+    del made
     before = pa.total_allocated_bytes()
     tracemalloc.start()
     try:

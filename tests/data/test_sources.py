@@ -189,7 +189,7 @@ def test_a_data_set_in_the_hubs_layout_through_datasets(hub_cache):
     ]
     assert values(read_hub(str(hub_cache), "test")) == [({"text": "four"}, "row 1)")]
     assert values(read_hub(f"{hub_cache}:data/test-00000-of-00001.jsonl", "train")) == [({"text": "four"}, "row 1)")]
-    with pytest.raises(HalfbyteError, match="as a data set of the hub it cannot be loaded: .*validation"):
+    with pytest.raises(HalfbyteError, match=r"as a data set of the hub it cannot be loaded: .*validation"):
         list(read_hub(str(hub_cache), "validation"))
 
 
@@ -202,7 +202,7 @@ def test_a_configuration_of_a_data_set_in_the_hubs_layout(hub_cache):
     )
     assert values(read_hub(f"{hub_cache}:de", "train")) == [({"text": "eins"}, "row 1)")]
     assert values(read_hub(f"{hub_cache}:en", "train")) == [({"text": "one"}, "row 1)")]
-    with pytest.raises(HalfbyteError, match="as a data set of the hub it cannot be loaded: .*de"):
+    with pytest.raises(HalfbyteError, match=r"as a data set of the hub it cannot be loaded: .*de"):
         list(read_hub(str(hub_cache), "train"))
 
 
