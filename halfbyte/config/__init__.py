@@ -4,6 +4,7 @@
 the file and line (or the flag), the key, the value that was found and what is allowed.
 """
 
+from halfbyte.config.datasets import DatasetEntry
 from halfbyte.config.keys import Config, EvaluateConfig, FinetuneConfig, GenerateConfig, PlanConfig, QuantizeConfig
 from halfbyte.config.reading import ConfigT, load_config
 from halfbyte.config.values import memory_bytes
@@ -13,6 +14,7 @@ __all__ = [
     "Allowed",
     "Config",
     "ConfigT",
+    "DatasetEntry",
     "EvaluateConfig",
     "FinetuneConfig",
     "GenerateConfig",

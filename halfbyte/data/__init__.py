@@ -4,7 +4,9 @@ from halfbyte.data.batches import Batch, collate, epoch_order, padded_share, pla
 from halfbyte.data.encoding import EncodingStatistics, encode_rows
 from halfbyte.data.examples import IGNORE_INDEX, Example, fingerprint, preview
 from halfbyte.data.packing import best_fit, pack
-from halfbyte.data.rows import Alpaca, Row, read_rows
+from halfbyte.data.reading import read_rows, read_sources
+from halfbyte.data.rows import Alpaca, Piece, Row, Source
+from halfbyte.data.sources import is_local, source_files
 from halfbyte.data.templates import Tokenizer, render_alpaca_prompt, render_chat
 
 __all__ = [
@@ -13,19 +15,24 @@ __all__ = [
     "Batch",
     "EncodingStatistics",
     "Example",
+    "Piece",
     "Row",
+    "Source",
     "Tokenizer",
     "best_fit",
     "collate",
     "encode_rows",
     "epoch_order",
     "fingerprint",
+    "is_local",
     "pack",
     "padded_share",
     "plan_steps",
     "preview",
     "read_rows",
+    "read_sources",
     "render_alpaca_prompt",
     "render_chat",
+    "source_files",
     "training_steps",
 ]
