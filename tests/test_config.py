@@ -12,6 +12,7 @@ from halfbyte.config import (
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
+    PlanConfig,
     QuantizeConfig,
     allowed,
     load_config,
@@ -20,7 +21,7 @@ from halfbyte.config import (
 from halfbyte.errors import HalfbyteError
 
 REQUIRED = "model_name_or_path: model\ndataset: rows.jsonl\noutput_dir: runs/first\n"  # three lines
-ALL = [FinetuneConfig, EvaluateConfig, GenerateConfig, QuantizeConfig]
+ALL = [FinetuneConfig, PlanConfig, EvaluateConfig, GenerateConfig, QuantizeConfig]
 
 
 @pytest.fixture

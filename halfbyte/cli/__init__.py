@@ -21,6 +21,7 @@ from halfbyte.errors import HalfbyteError
 # The one-line descriptions stand here because reading them from the subcommands would import those.
 SUBCOMMANDS = {
     "finetune": "Fine-tune a model on your data: 4-bit base, low-rank adapters.",
+    "plan": "Tell what a fine-tuning run will take: memory, its peak, time.",
     "evaluate": "Measure a model, with or without an adapter, on held-out rows.",
     "generate": "Answer one prompt.",
     "quantize": "Write a model as a 4-bit checkpoint.",

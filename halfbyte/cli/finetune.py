@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @config_command(FinetuneConfig)
 @click.option(
-    "--dry_run", is_flag=True, help="Print the resolved configuration and the first masked example, and stop."
+    "--dry_run", is_flag=True, help="Print the resolved configuration, the plan and the first masked example, and stop."
 )
 def command(config: FinetuneConfig, dry_run: bool) -> None:
     """Fine-tune a model on your data.
@@ -36,10 +36,11 @@ def command(config: FinetuneConfig, dry_run: bool) -> None:
 
 
 def _show(result: "RunResult", console: Console) -> None:
+    planned = "" if result.planned_bytes is None else f", {result.planned_bytes / 2**30:.2f} by the plan"
     held_out = "" if result.eval_loss is None else f", {result.eval_loss:.4f} on held-out rows"
     console.print(
         f"{result.output_dir}: the adapter after {result.steps} of {result.total_steps} steps; loss {result.loss:.4f}"
-        f"{held_out}; {result.tokens_per_second:,.0f} tokens/s, at most {result.peak_bytes / 2**30:.2f} GiB",
+        f"{held_out}; {result.tokens_per_second:,.0f} tokens/s, at most {result.peak_bytes / 2**30:.2f} GiB{planned}",
         markup=False,
         highlight=False,
         soft_wrap=True,

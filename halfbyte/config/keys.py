@@ -140,6 +140,9 @@ class ScheduleKeys(Config):
     max_memory: MemorySize | None = Field(
         None, description="Memory to live within, the model's included; by default what the machine has to spare."
     )
+    over_budget: Literal["refuse", "try"] = Field(
+        "refuse", description="What becomes of a run that will not fit by the plan: nothing is loaded, or it is tried."
+    )
 
 
 class RunKeys(Config):
@@ -154,6 +157,22 @@ class RunKeys(Config):
     report_to: Trackers = Field(["tensorboard"], description="Trackers that get the metrics as well, or none.")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Decides the order of rows, dropout and the first adapters.")
     threads: int | None = Field(None, ge=1, description="CPU threads, where torch's own choice is not wanted.")
+
+
+class PlannedDataKeys(DataKeys):
+    """Data"""
+
+    dataset: DataPath | None = Field(  # type: ignore[assignment]
+        None, description="The rows to learn from, which tell how many steps there are."
+    )
+
+
+class PlannedRunKeys(RunKeys):
+    """The run and what it leaves behind"""
+
+    output_dir: PathText | None = Field(  # type: ignore[assignment]
+        None, description="Not looked at: a plan leaves nothing behind."
+    )
 
 
 class EvaluationKeys(Config):
@@ -191,40 +210,18 @@ class FinetuneConfig(ModelKeys, DataKeys, QuantizationKeys, LoraKeys, BatchKeys,
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "FinetuneConfig":
-        epochs = self.num_train_epochs
-        relations = [
-            (
-                "max_steps",
-                self.max_steps < 0 or epochs == type(self).model_fields["num_train_epochs"].default,
-                f"max_steps ({self.max_steps}) and num_train_epochs ({epochs:g}) both say how long to train: "
-                "leave one of them out",
-            ),
-            (
-                "eval_steps",
-                self.eval_steps is None or self.eval_dataset is not None,
-                "eval_steps is set but eval_dataset is not, so there is nothing to evaluate on",
-            ),
-            (
-                "save_total_limit",
-                self.save_total_limit is None or self.save_steps is not None,
-                "save_total_limit is set but save_steps is not, so no checkpoint would be written",
-            ),
-            (
-                "page_dir",
-                self.page_dir is None or self.optim.startswith("paged_"),
-                f"page_dir is set, but optim is {self.optim}, which pages nothing: leave page_dir out, or set optim to "
-                f"paged_{'adamw_32bit' if self.optim == 'adamw' else self.optim}",
-            ),
-            (
-                "overwrite_output_dir",
-                not (self.overwrite_output_dir and self.resume_from_checkpoint is True),
-                "overwrite_output_dir would remove the checkpoint that resume_from_checkpoint goes on from: "
-                "leave one of them out",
-            ),
-        ]
-        for key, holds, sentence in relations:
-            if not holds:
-                raise PydanticCustomError("keys_disagree", "{sentence}", {"key": key, "sentence": sentence})
+        _check_training_keys(self)
+        return self
+
+
+class PlanConfig(
+    ModelKeys, PlannedDataKeys, QuantizationKeys, LoraKeys, BatchKeys, ScheduleKeys, HeldOutKeys, PlannedRunKeys
+):
+    """What `halfbyte plan` reads: what `halfbyte finetune` does, of which the model alone is required."""
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> "PlanConfig":
+        _check_training_keys(self)
         return self
 
 
@@ -238,3 +235,41 @@ class GenerateConfig(ModelKeys, GenerationKeys, QuantizationKeys):
 
 class QuantizeConfig(ModelKeys, QuantizationKeys, CheckpointKeys):
     """What `halfbyte quantize` reads."""
+
+
+def _check_training_keys(config: "FinetuneConfig | PlanConfig") -> None:
+    """Raises what pydantic turns into its own error where two keys contradict each other."""
+    epochs = config.num_train_epochs
+    relations = [
+        (
+            "max_steps",
+            config.max_steps < 0 or epochs == ScheduleKeys.model_fields["num_train_epochs"].default,
+            f"max_steps ({config.max_steps}) and num_train_epochs ({epochs:g}) both say how long to train: "
+            "leave one of them out",
+        ),
+        (
+            "eval_steps",
+            config.eval_steps is None or config.eval_dataset is not None,
+            "eval_steps is set but eval_dataset is not, so there is nothing to evaluate on",
+        ),
+        (
+            "save_total_limit",
+            config.save_total_limit is None or config.save_steps is not None,
+            "save_total_limit is set but save_steps is not, so no checkpoint would be written",
+        ),
+        (
+            "page_dir",
+            config.page_dir is None or config.optim.startswith("paged_"),
+            f"page_dir is set, but optim is {config.optim}, which pages nothing: leave page_dir out, or set optim to "
+            f"paged_{'adamw_32bit' if config.optim == 'adamw' else config.optim}",
+        ),
+        (
+            "overwrite_output_dir",
+            not (config.overwrite_output_dir and config.resume_from_checkpoint is True),
+            "overwrite_output_dir would remove the checkpoint that resume_from_checkpoint goes on from: "
+            "leave one of them out",
+        ),
+    ]
+    for key, holds, sentence in relations:
+        if not holds:
+            raise PydanticCustomError("keys_disagree", "{sentence}", {"key": key, "sentence": sentence})

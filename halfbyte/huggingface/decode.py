@@ -238,10 +238,11 @@ def _linear(module: Any) -> DecodeLinear | None:
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    """Whether it computes what its class does: no hook, no forward of its own but one of `accelerate_model`'s."""
+    """Whether it computes what its class does: no hook and no forward of its own but halfbyte's."""
     forward = vars(module).get("forward")
-    replaced = forward is not None and not hasattr(forward, "halfbyte_name")
-    return not (replaced or module._forward_hooks or module._forward_pre_hooks)
+    own = () if forward is None else (forward,)
+    added = (*own, *module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return all(hasattr(function, "halfbyte_name") for function in added)
 
 
 def _children(module: Any) -> set[str]:

@@ -1,5 +1,6 @@
 """A causal language model in 4 bits, built on the meta device and filled tensor by tensor."""
 
+import copy
 import logging
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.gguf import read_gguf_tensors
+from halfbyte.huggingface.mapped import MappedFile, freeze_mapped, map_safetensors
 from halfbyte.huggingface.patch import accelerate_model
+from halfbyte.huggingface.prefetch import prefetch_layers
 from halfbyte.huggingface.quantizer import QUANT_METHOD, QuantizationConfig, first_conversion_error
 from halfbyte.huggingface.source import Source, locate, read_config, read_safetensors, reason
 from halfbyte.nn import Linear4bit
@@ -36,11 +39,13 @@ def load_model(
     compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     fast: bool = True,
+    mapped: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any causal language model that transformers knows, its linear layers in 4 bits.
 
     One tensor at a time is in memory in 16 bits. The output layer, embeddings and tied weights stay in
-    `compute_dtype`. A 4-bit checkpoint (ours or bitsandbytes') is taken as it is, whatever is asked for.
+    `compute_dtype`. A 4-bit checkpoint (ours or bitsandbytes') is taken as it is, whatever is asked for, and on the CPU
+    its weights are pages of its files: shared between processes, read when they are used, and read-only.
 
     Args:
         model_name_or_path: a directory with config.json and safetensors, a `.gguf` file, or a hub id.
@@ -50,6 +55,8 @@ def load_model(
         compute_dtype: of products and of what is not quantized.
         fast: halfbyte's norms, gated MLPs, rotary embedding and loss in place of the model's own, each only where
             it is found to compute the same; `replacements_of(model)` tells which.
+        mapped: false for a 4-bit checkpoint in memory of the process's own: to write to its weights in place, which
+            ends the process where they are mapped, or where its files are on a disk that may go away.
 
     Raises:
         HalfbyteError: no such model, an unknown architecture, a missing or broken file or tensor, a weight
@@ -61,6 +68,8 @@ def load_model(
     quantization = None
     if quant_type != "none":
         quantization = QuantizationConfig(quant_type, block_size, double_quant, compute_dtype)
+    saved = getattr(config, "quantization_config", None)
+    files: list[MappedFile] = []
     if source.gguf_file:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         tensors, conversions = read_gguf_tensors(source.gguf_file, config, model_class, compute_dtype)
@@ -68,9 +77,10 @@ def load_model(
             # The quantizer is what hands conversions to transformers, so it is there even if it quantizes nothing.
             quantization = quantization or QuantizationConfig(compute_dtype=compute_dtype, skip_modules=[_EVERY_MODULE])
             quantization.conversions = conversions
+    elif saved is not None and mapped and torch.device(device).type == "cpu":
+        tensors, files = map_safetensors(source.directory)
     else:
         tensors = read_safetensors(source.directory)
-    saved = getattr(config, "quantization_config", None)
     if saved is not None:
         try:
             read = QuantizationConfig.from_bitsandbytes(saved, compute_dtype)
@@ -80,6 +90,9 @@ def load_model(
         config.quantization_config = {"quant_method": QUANT_METHOD, **vars(read)}
         quantization = None
     model = _build(source, config, tensors, quantization, compute_dtype, device)
+    if files:
+        freeze_mapped(model, files)
+        prefetch_layers(model, files)
     if fast:
         accelerate_model(model)
     return model, tokenizer
@@ -107,14 +120,7 @@ def _build(
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if not sys.stderr.isatty():
         disable_progress_bar()  # a bar that cannot be redrawn is a page of noise
-    try:
-        with torch.device("meta"):
-            model_class(config)
-    except Exception as error:  # sizes that do not divide, names that are not known: every model has its own
-        kind = type(error).__name__
-        raise HalfbyteError(
-            f"{source.path}: no model can be built from its config ({kind}: {reason(error)})."
-        ) from error
+    build_on_meta(source, config, dtype)
     try:
         with first_conversion_error(), _quiet_transformers():
             model, report = model_class.from_pretrained(
@@ -140,6 +146,22 @@ def _build(
     model.config.name_or_path = source.name
     model.name_or_path = source.name
     return model.eval()
+
+
+def build_on_meta(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a configuration, with shapes and no numbers.
+
+    Raises:
+        HalfbyteError: no model can be built from the configuration.
+    """
+    try:
+        with torch.device("meta"):
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(copy.deepcopy(config), dtype=dtype)
+    except Exception as error:  # sizes that do not divide, names that are not known: every model has its own
+        kind = type(error).__name__
+        raise HalfbyteError(
+            f"{source.path}: no model can be built from its config ({kind}: {reason(error)})."
+        ) from error
 
 
 def _check_complete(source: Source, model: PreTrainedModel, report: dict[str, Any]) -> None:

@@ -132,14 +132,23 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     Raises:
         HalfbyteError: `target_modules` names nothing in the model.
     """
+    adapted = wrap_model(model, config)
+    share_inputs(adapted)
+    return adapted
+
+
+def wrap_model(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """PEFT's wrapper with our layers in it, for a model on any device, `meta` too, where nothing can be run.
+
+    Raises:
+        HalfbyteError: `target_modules` names nothing in the model.
+    """
     _register(config)
     try:
         with _quiet_peft():
-            adapted = get_peft_model(model, config)
+            return get_peft_model(model, config)
     except (ValueError, re.error) as error:
         raise HalfbyteError(f"target_modules does not fit the model: {reason(error)}.") from error
-    _share_inputs(adapted)
-    return adapted
 
 
 def load_adapter(model: PreTrainedModel, directory: Path | str, is_trainable: bool = False) -> PeftModel:
@@ -163,7 +172,7 @@ def load_adapter(model: PreTrainedModel, directory: Path | str, is_trainable: bo
     for name, tensor in saved.items():
         if not tensor.isfinite().all():
             raise HalfbyteError(f"{directory}: the adapter's {name} holds a NaN or an infinity.")
-    _share_inputs(adapted)
+    share_inputs(adapted)
     return adapted
 
 
@@ -182,7 +191,8 @@ def read_adapter_config(directory: Path | str) -> LoraConfig:
     return config
 
 
-def _share_inputs(model: PeftModel) -> None:
+def share_inputs(model: PeftModel) -> None:
+    """Compute layers that read one input together, where a trial run finds such."""
     for layers in find_shared_inputs(model, LoraLinear4bit):
         for begin in range(0, len(layers), MOST_TERMS):
             group = SharedInput(layers[begin : begin + MOST_TERMS])

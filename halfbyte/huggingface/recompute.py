@@ -10,7 +10,7 @@ What a level takes is measured by forwards of a few tokens and is linear in toke
 that is quadratic in them; halfbyte's does not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -67,29 +67,47 @@ def measure_activation_bytes(model: nn.Module) -> dict[str, float]:
 
     Leaves the model at level none, without gradients, and torch's random state as it was.
     """
+    layers: int = model.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
+    return peak_activation_bytes(probe_activations(model), layers)
+
+
+def peak_activation_bytes(saved: Mapping[str, float], layers: int) -> dict[str, float]:
+    """What is there at most in a backward pass, of what `probe_activations` finds; as `measure_activation_bytes`."""
+    if "full" not in saved:
+        return {"none": saved["none"]}
+    # One layer is computed again at a time, and its backward holds gradients of about as much.
+    layer = (saved["none"] - saved["full"]) / layers
+    peaks = {"none": saved["none"] + layer, "full": saved["full"] + 2 * layer}
+    if "products" in saved:
+        kept = saved["products"]
+        peaks["elementwise"] = saved["full"] + kept + 2 * layer - kept / layers  # they are a part of its layer
+    return peaks
+
+
+def probe_activations(model: nn.Module) -> dict[str, float]:
+    """Bytes a token that a forward pass keeps: at level `none`, at `full`, and `products`, which are kept between them.
+
+    Each is linear in the number of layers. Without `full` where the model cannot be recomputed, without `products`
+    where they cannot be kept. Leaves the model as `measure_activation_bytes` does.
+    """
     random_state, training = torch.get_rng_state(), model.training
     model.train()
     try:
         products = _CountProducts()
         set_recomputation(model, "none")
         with products:
-            none = _probe(model)
-        layers = model.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
+            saved = {"none": _probe(model)}
         try:
             set_recomputation(model, "full")
         except HalfbyteError:
-            return {"none": none}
-        full = _probe(model)
-        # One layer is computed again at a time, and its backward holds gradients of about as much.
-        layer = (none - full) / layers
-        bytes_of = {"none": none + layer, "full": full + 2 * layer}
+            return saved
+        saved["full"] = _probe(model)
         set_recomputation(model, "elementwise")
         try:
             _probe(model, backward=True)
         except RuntimeError:  # a model that changes in place what a product put out, so that it cannot be kept
-            return bytes_of
-        kept = products.bytes / _PROBE_TOKENS
-        return bytes_of | {"elementwise": full + kept + 2 * layer - kept / layers}  # they are a part of its layer
+            return saved
+        return saved | {"products": products.bytes / _PROBE_TOKENS}
     finally:
         set_recomputation(model, "none")
         model.zero_grad(set_to_none=True)

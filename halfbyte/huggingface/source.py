@@ -16,6 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from halfbyte.errors import HalfbyteError
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_WEIGHTS = ["*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Source:
         return self.gguf_file or self.directory
 
 
-def locate(model_name_or_path: str) -> Source:
-    """Find a model, downloading it if it is a hub id.
+def locate(model_name_or_path: str, with_weights: bool = True) -> Source:
+    """Find a model, downloading it if it is a hub id; without its weights where those are not wanted.
 
     Raises:
         HalfbyteError: there is no such file or directory and no such model on the hub, or it holds no model.
@@ -50,17 +51,18 @@ def locate(model_name_or_path: str) -> Source:
         is_hub_id = model_name_or_path.count("/") == 1 and not path.parent.is_dir()
         if path.is_absolute() or path.suffix == ".gguf" or not is_hub_id:
             raise HalfbyteError(f"There is no model at {path}; give a directory, a .gguf file or a hub id.")
-        path = _download(model_name_or_path)
+        path = _download(model_name_or_path, with_weights)
     if not (path / "config.json").is_file():
         raise HalfbyteError(f"{path} holds no config.json, so it is not a model's directory.")
     return Source(model_name_or_path, path)
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+        unwanted = None if with_weights else _WEIGHTS
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=unwanted))
     except Exception as error:  # the hub's client raises many kinds; all mean that there is no model
         raise HalfbyteError(
             f"There is no directory {repository}, and the hub did not give a model of that name ({reason(error)})."
@@ -111,9 +113,10 @@ def read_safetensors(directory: Path) -> dict[str, Any]:
         HalfbyteError: a shard is missing or truncated, or the weights are in a format that is not read.
     """
     tensors: dict[str, Any] = {}
-    for file in _safetensors_files(directory):
+    for file in safetensors_files(directory):
         try:
-            # pread, not a memory map: pages of the file would count as this process's memory.
+            # pread, not a memory map: pages of the file would count as this process's memory. (What is kept as it is
+            # on disk, and not quantized, is mapped: mapped.py.)
             handle = safe_open(file, framework="pt", backend="pread")
             names = handle.keys()  # type: ignore[no-untyped-call]
             tensors.update({name: handle.get_slice(name) for name in names})  # type: ignore[no-untyped-call]
@@ -124,7 +127,8 @@ def read_safetensors(directory: Path) -> dict[str, Any]:
     return tensors
 
 
-def _safetensors_files(directory: Path) -> list[Path]:
+def safetensors_files(directory: Path) -> list[Path]:
+    """The files of a directory's tensors.  Raises HalfbyteError where there are none, or one is missing."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.is_file():

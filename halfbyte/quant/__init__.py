@@ -1,7 +1,14 @@
 """From a weight to 4 bits and back: the tensor, its double-quantized constants, its keys on disk."""
 
 from halfbyte.quant.keys import QUANT_STATE_PREFIX, from_keys, to_keys
-from halfbyte.quant.quantized import DoubleQuantized, QuantizedTensor, codebook_8bit, matmul_sum, quantize_4bit
+from halfbyte.quant.quantized import (
+    DoubleQuantized,
+    QuantizedTensor,
+    codebook_8bit,
+    matmul_sum,
+    quantize_4bit,
+    quantized_bytes,
+)
 
 __all__ = [
     "QUANT_STATE_PREFIX",
@@ -11,5 +18,6 @@ __all__ = [
     "from_keys",
     "matmul_sum",
     "quantize_4bit",
+    "quantized_bytes",
     "to_keys",
 ]

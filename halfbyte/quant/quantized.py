@@ -165,6 +165,13 @@ def quantize_4bit(
     )
 
 
+def quantized_bytes(n: int, block_size: int = 64, double_quant: bool = True) -> int:
+    """What `quantize_4bit` makes of `n` values holds so many bytes: `QuantizedTensor.nbytes`, before there is one."""
+    blocks = formats.block_count(n, block_size)
+    nested = blocks + 4 * formats.block_count(blocks, formats.NESTED_BLOCK_SIZE) + 4
+    return formats.packed_bytes(n) + (nested if double_quant else 4 * blocks)
+
+
 # The codebooks are constants of the format: one copy a device, whatever the number of tensors.
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
@@ -28,10 +28,20 @@ from halfbyte.data import Batch, Example, encode_rows, fingerprint, pack, previe
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import add_lora, describe_replacements, load_model, load_tokenizer, replacements_of
 from halfbyte.optim import OPTIMIZERS, AdamW, check_page_dir, learning_rate_factor
+from halfbyte.plan import Plan
 from halfbyte.recipes.display import Display
 from halfbyte.recipes.interrupt import heard_at_step_end
 from halfbyte.recipes.memory import plan_memory
 from halfbyte.recipes.metrics import Metrics, check_trackers, forget_after
+from halfbyte.recipes.planning import (
+    TrainingConfig,
+    UnplannableError,
+    check_fits,
+    count_steps,
+    describe_plan,
+    lora_config,
+    plan_run,
+)
 from halfbyte.recipes.provenance import peak_resident_bytes, write_run_file
 from halfbyte.recipes.training import PassOutOfMemoryError, evaluate_loss, evaluation_batches, train_step
 
@@ -52,6 +62,7 @@ _FREE_TO_CHANGE = {
     "report_to",
     "gradient_checkpointing",
     "max_memory",
+    "over_budget",
     "page_dir",
 }
 
@@ -70,6 +81,7 @@ class RunResult:
     peak_bytes: int  # the largest resident set of this process
     base_sha256: str  # of the 4-bit weights, the same before and after
     interrupted: bool
+    planned_bytes: int | None = None  # what `peak_bytes` was expected to be
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResult:
@@ -88,6 +100,9 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
         rows = pack(train, config.max_length)
         console.print(f"packed into {len(rows):,} rows of at most {config.max_length} tokens", highlight=False)
         train = rows
+    plan = make_plan(config, train, held_out, console)
+    if plan is not None and config.over_budget == "refuse":
+        check_fits(plan, config.max_memory)
     torch.manual_seed(config.seed)  # the adapter's initial values, and dropout after them
     model, _ = load_model(
         config.model_name_or_path,
@@ -98,7 +113,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
         _device(),
     )
     console.print(describe_replacements(replacements_of(model)), highlight=False)
-    run = Run(config, add_lora(model, _lora_config(config)), tokenizer, train, held_out, console)
+    run = Run(config, add_lora(model, lora_config(config)), tokenizer, train, held_out, console, plan)
     return run.execute()
 
 
@@ -106,7 +121,8 @@ def dry_run(config: FinetuneConfig, console: Console) -> None:
     """Check everything that a run would, and show the first example: what is learned, and what is only read."""
     check_inputs(config)
     tokenizer = load_tokenizer(config.model_name_or_path)
-    train, _ = read_data(config, tokenizer, console)
+    train, held_out = read_data(config, tokenizer, console)
+    make_plan(config, pack(train, config.max_length) if config.packing else train, held_out, console)
     # Where there are no colours, brackets tell the two apart.
     told_by = "green" if console.color_system else "in ⟦brackets⟧"
     console.print(f"\nthe first example; what is learned is {told_by}:\n", highlight=False)
@@ -114,6 +130,23 @@ def dry_run(config: FinetuneConfig, console: Console) -> None:
         shown = f"⟦{text}⟧" if learned and not console.color_system else text
         console.print(shown, style="green" if learned else "dim", end="", markup=False, highlight=False)
     console.print()
+
+
+def make_plan(config: FinetuneConfig, train: list[Example], held_out: list[Example], console: Console) -> Plan | None:
+    """What the run will hold, said to a person; None where that is not known beforehand.
+
+    Raises:
+        HalfbyteError: there is no such model, or `target_modules` names nothing in it.
+    """
+    if _device().type != "cpu":
+        return None  # what kernels keep on another device is not what is measured here
+    try:
+        plan, _, _ = plan_run(config, train, held_out)
+    except UnplannableError as error:
+        console.print(f"  note: there is no plan, for {error}", style="yellow", highlight=False)
+        return None
+    console.print(describe_plan(plan), highlight=False)
+    return plan
 
 
 def check_inputs(config: FinetuneConfig) -> None:
@@ -136,7 +169,7 @@ def check_inputs(config: FinetuneConfig) -> None:
 
 
 def read_data(
-    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+    config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> tuple[list[Example], list[Example]]:
     """The training and the held-out rows, tokenized and masked; the second is empty where there are none."""
     sets: list[list[Example]] = []
@@ -167,15 +200,13 @@ class Run:
     train: list[Example]
     held_out: list[Example]
     console: Console
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
         config = self.config
         self.directory = Path(config.output_dir)
         self.device = _device()
-        rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        self.steps_per_epoch = math.ceil(len(self.train) / rows_per_step)
-        by_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
-        self.total_steps = config.max_steps if config.max_steps > 0 else by_epochs
+        self.steps_per_epoch, self.total_steps = count_steps(config, len(self.train))
         self.optimizer = AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
@@ -234,9 +265,16 @@ class Run:
             peak_bytes=peak_resident_bytes(),
             base_sha256=self.base_sha256,
             interrupted=last["step"] < self.total_steps,
+            planned_bytes=self._planned_bytes(),
         )
         write_run_file(self.directory, self.config, self.base_sha256, self.memory.to_dict(), vars(result))
         return result
+
+    def _planned_bytes(self) -> int | None:
+        """The plan's peak, at the level of recomputation that was taken."""
+        if self.plan is None or self.memory.level not in self.plan.levels():
+            return None
+        return self.plan.with_settings(level=self.memory.level).peak_bytes
 
     def _begin(self) -> dict[str, Any]:
         """Clear the directory, or restore a checkpoint; what is known of the last step that is done."""
@@ -366,17 +404,6 @@ class Run:
         size = self.config.per_device_eval_batch_size
         batches = evaluation_batches(self.held_out, size, self.tokenizer.pad_token_id)
         return evaluate_loss(self.model, batches, self.device)[0]
-
-
-def _lora_config(config: FinetuneConfig) -> LoraConfig:
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
-        use_rslora=config.use_rslora,
-    )
 
 
 def _page_dir(config: FinetuneConfig) -> Path | None:

@@ -15,11 +15,12 @@ from torch import nn
 from halfbyte.config import FinetuneConfig, memory_bytes
 from halfbyte.data import Batch, Example
 from halfbyte.errors import HalfbyteError
+from halfbyte.huggingface.mapped import mapped_bytes
 from halfbyte.huggingface.recompute import LEVELS, choose_recomputation, measure_activation_bytes, set_recomputation
+from halfbyte.optim import OPTIMIZERS
+from halfbyte.plan import LOGITS_BYTES, optimizer_bytes
 
 MARGIN = 0.9  # of what is there: the allocator's gaps, and what other programs will ask for
-_LOGITS_BYTES = 32 << 20  # what the loss works in
-_OPTIMIZER_BYTES = 12  # float32 gradient and two moments of a trained value
 
 
 @dataclass
@@ -99,8 +100,12 @@ def plan_memory(config: FinetuneConfig, model: nn.Module, train: list[Example], 
     rows = config.per_device_train_batch_size
     bytes_a_token = measure_activation_bytes(model)
     tokens = min(rows, len(train)) * max(len(example.input_ids) for example in train)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    spare = _spare_bytes(config.max_memory, device) - _OPTIMIZER_BYTES * trainable - _LOGITS_BYTES
+    sizes = tuple(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = OPTIMIZERS[config.optim]
+    state = 0 if optimizer["paged"] else optimizer_bytes(sizes, optimizer["state_bits"])  # pages leave for what else is
+    spare = _spare_bytes(config.max_memory, device) - 4 * sum(sizes) - state - LOGITS_BYTES
+    if config.max_memory is None:  # pages of files count as available, since they can leave; each step wants these back
+        spare -= mapped_bytes(model)
     if config.gradient_checkpointing == "auto":
         level = choose_recomputation(bytes_a_token, tokens, spare)
     else:
@@ -108,6 +113,12 @@ def plan_memory(config: FinetuneConfig, model: nn.Module, train: list[Example], 
     set_recomputation(model, level)
     wanted = str(config.gradient_checkpointing).lower()
     return Memory(model, level, rows, bytes_a_token, tokens, spare, wanted)
+
+
+def whole_budget_bytes(max_memory: str | None) -> int:
+    """What this process may take in all: what it has by now, and what is there beside it."""
+    resident = float(psutil.Process().memory_info().rss)
+    return round(resident + _spare_bytes(max_memory, torch.device("cpu")))
 
 
 def _spare_bytes(max_memory: str | None, device: torch.device) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from halfbyte.checkpoint.alignment import align_tensors
 from halfbyte.checkpoint.files import directory_written_aside
 from halfbyte.checkpoint.fingerprint import weights_sha256
 from halfbyte.errors import HalfbyteError
@@ -61,6 +62,8 @@ def quantize(
     try:
         with directory_written_aside(target) as aside:
             model.save_pretrained(aside)
+            for file in aside.glob("*.safetensors"):
+                align_tensors(file)
             tokenizer.save_pretrained(aside)
     except OSError as error:
         raise HalfbyteError(f"output_dir {target} cannot be written ({error.strerror}); name another.") from error

@@ -13,7 +13,7 @@ import traceback
 from halfbyte.cli import main, quiet_dependencies
 
 quiet_dependencies()
-for name in ("evaluate", "finetune", "generate", "quantize"):
+for name in ("evaluate", "finetune", "generate", "plan", "quantize"):
     importlib.import_module(f"halfbyte.recipes.{name}")
 torch = importlib.import_module("torch")
 torch.set_num_threads(1)  # a pool of threads does not survive a fork

@@ -24,6 +24,7 @@ ROW = {"messages": [{"role": "user", "content": "Good morning"}, {"role": "assis
 FINETUNE = "finetune --model_name_or_path model --dataset rows.jsonl --output_dir out --max_steps 1 --report_to none"
 EVALUATE = "evaluate --model_name_or_path model --dataset rows.jsonl --max_new_tokens 2"
 GENERATE = "generate --model_name_or_path model --prompt Hello --max_new_tokens 2"
+PLAN = "plan --model_name_or_path model --no_time"
 QUANTIZE = "quantize --model_name_or_path model --output_dir out"
 
 
@@ -329,6 +330,19 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
         FINETUNE + " --page_dir model",
         ["page_dir", "paged_adamw_32bit"],
     ),
+    "finetune: more than the memory there is": (
+        nothing,
+        FINETUNE + " --max_memory 50MB",
+        ["max_memory is 50MB", "it fits with a max_memory of", "over_budget"],
+    ),
+    "plan: no such model": (rename_model("m"), PLAN, ["model"]),
+    "plan: config is no JSON": (write("model/config.json", "{"), PLAN, ["config.json"]),
+    "plan: adapters for modules that are not there": (
+        nothing,
+        PLAN + " --target_modules zzz",
+        ["target_modules", "zzz"],
+    ),
+    "plan: a key of the wrong kind": (nothing, PLAN + " --max_memory lots", ["max_memory", "8GB"]),
     "evaluate: output cannot be written": (nothing, EVALUATE + " --output /proc/x.json", ["/proc/x.json"]),
     "evaluate: a malformed line": (write(BAD_ROWS, "{"), EVALUATE, ["rows.jsonl:1"]),
     "generate: no such model": (rename_model("m"), GENERATE, ["model"]),
@@ -361,9 +375,10 @@ def test_it_is_told_in_one_sentence(case: str, work: Path, run: Run) -> None:
         EVALUATE,
         EVALUATE + " --adapter adapter --output result.json",
         GENERATE,
+        PLAN,
         QUANTIZE,
     ],
-    ids=["finetune", "dry run", "evaluate", "evaluate with an adapter", "generate", "quantize"],
+    ids=["finetune", "dry run", "evaluate", "evaluate with an adapter", "generate", "plan", "quantize"],
 )
 def test_what_is_not_broken_runs(command: str, work: Path, run: Run) -> None:
     """The table above would be worth nothing if its commands were refused for another reason."""

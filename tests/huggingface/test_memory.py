@@ -1,4 +1,8 @@
-"""Loading holds one tensor in 16 bits at a time: the peak of a fresh process, over one that only imports."""
+"""What loading takes, in fresh processes.
+
+From 16 bits: one tensor in 16 bits at a time, over what importing takes. From 4 bits: next to nothing, since the
+weights are pages of a file, which processes share.
+"""
 
 import json
 import os
@@ -6,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halfbyte import Linear4bit, load_model
+from halfbyte.recipes.quantize import quantize
 from models import build_tokenizer
 
 MEGABYTE = 1 << 20
@@ -94,3 +100,105 @@ def test_nothing_of_the_16_bit_weights_is_kept(model_directory: Callable[[str], 
             n = layer.in_features * layer.out_features
             held = sum(tensor.untyped_storage().nbytes() for tensor in (*layer.parameters(), *layer.buffers()))
             assert held <= n / 2 + n / 64 + 4 * (n // (64 * 256) + 1)
+
+
+# ── From a 4-bit checkpoint ─────────────────────────────────────────────────────────────────────────────────
+
+
+OPEN = """
+import json, resource, sys
+from pathlib import Path
+import halfbyte, torch
+halfbyte.load_model, halfbyte.QuantizationConfig
+def status(key):
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":")]
+    return int(line.split()[1]) * 1024
+def in_pages_of(file):
+    inside, sums = False, {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *rest = line.split()
+        if not key.endswith(":"):
+            inside = line.endswith(file)
+        elif inside and rest[-1:] == ["kB"]:
+            sums[key[:-1]] = sums.get(key[:-1], 0) + int(rest[0]) * 1024
+    return sums
+directory, mapped, room = sys.argv[1], sys.argv[2] == "mapped", int(sys.argv[3])
+before = status("RssAnon"), status("RssFile")
+if room:
+    resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + room,) * 2)
+model, _ = halfbyte.load_model(directory, fast=False, mapped=mapped)
+opened = {"anonymous": status("RssAnon") - before[0], "file": status("RssFile") - before[1]}
+total = sum(int(p.detach().view(torch.uint8).numpy().sum()) for p in model.parameters())
+read = {"anonymous": status("RssAnon") - before[0], "file": status("RssFile") - before[1]}
+print(json.dumps({"opened": opened, "read": read, "sum": total}), flush=True)
+for _ in sys.stdin:
+    print(json.dumps(in_pages_of(directory + "/model.safetensors")), flush=True)
+"""
+
+
+def start(directory: Path, how: str = "mapped", room: int = 0) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", OPEN, str(directory), how, str(room)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def said(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise AssertionError(process.communicate()[1])
+    return json.loads(line)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def large_checkpoint(large_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in 4 bits: 157 MB."""
+    directory = tmp_path_factory.mktemp("large-nf4").resolve() / "nf4"
+    quantize(str(large_model), str(directory))
+    return directory
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="there is no /proc/self/smaps to read")
+
+
+@needs_proc
+def test_a_4_bit_checkpoint_is_not_copied_and_processes_share_it(large_checkpoint: Path) -> None:
+    size = (large_checkpoint / "model.safetensors").stat().st_size
+    assert size > 140 * MEGABYTE
+    with start(large_checkpoint) as first, start(large_checkpoint) as second:
+        measured = [said(first), said(second)]
+        assert measured[0]["sum"] == measured[1]["sum"]
+        for told in measured:
+            assert told["opened"]["anonymous"] < 30 * MEGABYTE
+            assert told["opened"]["file"] < 30 * MEGABYTE  # code, and the embeddings, which are looked at for a NaN
+            assert told["read"]["anonymous"] < 30 * MEGABYTE
+            assert told["read"]["file"] > 0.95 * size
+        for process in (first, second):
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for pages in (said(first), said(second)):
+            assert pages["Rss"] > 0.95 * size
+            assert pages["Pss"] < 0.55 * size  # each page is half of each process's
+            assert pages["Private_Dirty"] == pages["Shared_Dirty"] == pages["Anonymous"] == 0
+        first.communicate()
+        second.communicate()
+    with start(large_checkpoint, "copied") as process:
+        told = said(process)
+        assert told["sum"] == measured[0]["sum"]
+        assert told["opened"]["anonymous"] > 0.9 * size  # the measure sees a copy
+        process.communicate()
+
+
+@needs_proc
+def test_weights_need_no_data_of_the_process_own(large_checkpoint: Path) -> None:
+    """RLIMIT_DATA bounds what a process may have for itself; two thirds of the weights are room enough."""
+    room = 100 * MEGABYTE
+    with start(large_checkpoint, "mapped", room) as process:
+        assert said(process)["sum"] > 0
+        process.communicate()
+    with start(large_checkpoint, "copied", room) as process:
+        _, complaint = process.communicate()
+    assert process.returncode != 0
+    assert "memory" in complaint.lower()

@@ -70,8 +70,20 @@ def test_auto_recomputes_as_far_as_the_budget_asks_and_the_numbers_stay(
     assert some == tight == roomy
 
 
+def test_mapped_weights_are_not_there_to_spare(
+    config: Callable[..., FinetuneConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_spare_bytes", lambda *_: 1e9)
+    run(config("copied"))
+    monkeypatch.setattr(memory, "mapped_bytes", lambda _model: 12_345)
+    run(config("mapped"))
+    run(config("told", max_memory="64 GiB"))  # then they are in the process's memory already
+    copied, mapped, budget = (told(config(name))["budget_bytes"] for name in ("copied", "mapped", "told"))
+    assert (copied - mapped, copied - budget) == (12_345, 0)
+
+
 def test_max_memory_is_the_budget(config: Callable[..., FinetuneConfig]) -> None:
-    run(config("small", max_memory="100MB"))  # less than Python takes
+    run(config("small", max_memory="100MB", over_budget="try"))  # less than Python takes
     run(config("large", max_memory="64 GiB"))
     assert told(config("small"))["level"] == "full"
     assert told(config("large"))["level"] == "none"
