@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from chat_layouts import alpaca_row
 
-from halfbyte.data import IGNORE_INDEX, Alpaca, Example, Row, encode_rows, fingerprint
+from halfbyte.data import IGNORE_INDEX, Example, Row, encode_rows, fingerprint
 from halfbyte.errors import HalfbyteError
 
 
