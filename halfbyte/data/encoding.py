@@ -24,7 +24,7 @@ class EncodingStatistics:
     tokens: int = 0
     supervised_tokens: int = 0
     longest: int = 0  # tokens of the longest example, before any cut
-    truncated: int = 0  # examples cut to max_length (keep_end)
+    truncated: int = 0  # examples that lost something to max_length and are one still
     truncated_tokens: int = 0
     truncated_supervised_tokens: int = 0
     dropped: int = 0  # examples left out for their length (drop)
@@ -98,18 +98,14 @@ def encode_rows(
 
     What becomes of an example longer than `max_length` tokens, `truncation` says: keep_end, drop, split
     (halfbyte.data.truncation) or error. Raises HalfbyteError, with the row's source, where the template does not
-    fit the row, nothing would be left to learn, or an example is too long for `error`.
+    fit the row, nothing would be left to learn, or an example is too long for `error`. No example is left where
+    `drop` drops them all.
     """
     statistics = EncodingStatistics()
     encoder = Encoder(tokenizer, max_length, train_on_source, train_on_last_turn, truncation)
     examples = [example for row in rows for example in encoder.encode(row, statistics)]
     if not statistics.rows:
         raise HalfbyteError("there are no rows to encode")
-    if not examples:
-        raise HalfbyteError(
-            f"all {statistics.dropped} examples have more than max_length ({max_length}) tokens and were dropped: "
-            "raise max_length, or choose another truncation"
-        )
     return examples, statistics
 
 

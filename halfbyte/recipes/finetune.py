@@ -203,6 +203,11 @@ def read_data(
         )
         for warning in statistics.warnings():
             console.print(f"  note: {warning}", style="yellow", highlight=False)
+        if not statistics.examples:
+            raise HalfbyteError(
+                f"{path}: all {statistics.dropped} examples have more than max_length ({config.max_length}) tokens and"
+                " were dropped; raise max_length, or choose another truncation."
+            )
         if config.system_prompt is not None and statistics.rows_of_text == statistics.rows:
             raise HalfbyteError(f"system_prompt is set, and {path} holds texts with no place for it; leave it out.")
         in_alpaca_prompt |= statistics.rows_in_alpaca_prompt > 0

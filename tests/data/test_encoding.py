@@ -121,6 +121,8 @@ def test_a_tokenizer_without_offsets_is_an_error(byte_level):
             return getattr(tokenizer, name)
 
         def __call__(self, text, **options):
+            if not options.get("return_offsets_mapping"):
+                return tokenizer(text, **options)
             raise NotImplementedError("return_offset_mapping is not available when using Python tokenizers")
 
     with pytest.raises(HalfbyteError, match="does not tell where its tokens lie"):

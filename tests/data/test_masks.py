@@ -224,9 +224,10 @@ def test_without_a_chat_template_the_prompt_is_what_generation_sees(sentencepiec
     row = alpaca_row("Is {this} two?", "👩‍🚀 {0}", "four 👩‍🚀", line=3)
     (((ids, labels),), _) = encode(tokenizer, row)
     prompt = tokenizer(
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "<s>Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nIs {this} two?\n\n### Input:\n👩‍🚀 {0}\n\n### Response:\n"
+        "### Instruction:\nIs {this} two?\n\n### Input:\n👩‍🚀 {0}\n\n### Response:\n",
+        add_special_tokens=False,
     )["input_ids"]
     assert prompt[0] == tokenizer.bos_token_id
     assert ids[: len(prompt)] == prompt
