@@ -1,18 +1,20 @@
 """From a file to batches: rows -> (template, mask) -> examples -> optimizer steps of padded micro-batches."""
 
 from halfbyte.data.batches import Batch, collate, epoch_order, padded_share, plan_steps, training_steps
-from halfbyte.data.encoding import EncodingStatistics, encode_rows
+from halfbyte.data.encoding import Encoder, EncodingStatistics, encode_prompt, encode_rows
 from halfbyte.data.examples import IGNORE_INDEX, Example, fingerprint, preview
 from halfbyte.data.packing import best_fit, pack
 from halfbyte.data.reading import read_rows, read_sources
 from halfbyte.data.rows import Alpaca, Piece, Row, Source
 from halfbyte.data.sources import is_local, source_files
-from halfbyte.data.templates import Tokenizer, render_alpaca_prompt, render_chat
+from halfbyte.data.templates import NAMED_TEMPLATES, Tokenizer, render_chat, set_chat_template
 
 __all__ = [
     "IGNORE_INDEX",
+    "NAMED_TEMPLATES",
     "Alpaca",
     "Batch",
+    "Encoder",
     "EncodingStatistics",
     "Example",
     "Piece",
@@ -21,6 +23,7 @@ __all__ = [
     "Tokenizer",
     "best_fit",
     "collate",
+    "encode_prompt",
     "encode_rows",
     "epoch_order",
     "fingerprint",
@@ -31,8 +34,8 @@ __all__ = [
     "preview",
     "read_rows",
     "read_sources",
-    "render_alpaca_prompt",
     "render_chat",
+    "set_chat_template",
     "source_files",
     "training_steps",
 ]

@@ -24,9 +24,19 @@ from halfbyte.checkpoint.resume import (
     save_checkpoint,
 )
 from halfbyte.config import FinetuneConfig
-from halfbyte.data import Batch, Example, encode_rows, fingerprint, pack, preview, read_sources, training_steps
+from halfbyte.data import (
+    Batch,
+    Example,
+    encode_rows,
+    fingerprint,
+    pack,
+    preview,
+    read_sources,
+    set_chat_template,
+    training_steps,
+)
 from halfbyte.errors import HalfbyteError
-from halfbyte.huggingface import add_lora, describe_replacements, load_model, load_tokenizer, replacements_of
+from halfbyte.huggingface import add_lora, describe_replacements, load_model, prepare_tokenizer, replacements_of
 from halfbyte.optim import OPTIMIZERS, AdamW, check_page_dir, learning_rate_factor
 from halfbyte.plan import Plan
 from halfbyte.recipes.data_sources import describe_sources, held_out_sources, training_sources
@@ -98,7 +108,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
     check_inputs(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = prepare_tokenizer(config.model_name_or_path, None, config.chat_template, config.system_prompt)
     train, held_out = read_data(config, tokenizer, console)
     if config.packing:
         rows = pack(train, config.max_length)
@@ -124,7 +134,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
 def dry_run(config: FinetuneConfig, console: Console) -> None:
     """Check everything that a run would, and show the first example: what is learned, and what is only read."""
     check_inputs(config)
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = prepare_tokenizer(config.model_name_or_path, None, config.chat_template, config.system_prompt)
     train, held_out = read_data(config, tokenizer, console)
     make_plan(config, pack(train, config.max_length) if config.packing else train, held_out, console)
     # Where there are no colours, brackets tell the two apart.
@@ -181,20 +191,38 @@ def read_data(
 ) -> tuple[list[Example], list[Example]]:
     """The training and the held-out rows, tokenized and masked; the second is empty where there are none."""
     sets: list[list[Example]] = []
+    in_alpaca_prompt = False
     for sources in (training_sources(config), held_out_sources(config)):
         if not sources:
             sets.append([])
             continue
-        rows = list(read_sources(sources))
-        examples, statistics = encode_rows(tokenizer, rows, config.max_length, config.train_on_source)
+        name = describe_sources(sources)
+        examples, statistics = encode_rows(
+            tokenizer,
+            read_sources(sources),
+            config.max_length,
+            config.train_on_source,
+            config.train_on_last_turn,
+            config.truncation,
+        )
         console.print(
-            f"{describe_sources(sources)}: {statistics.rows:,} rows, {statistics.tokens:,} tokens,"
+            f"{name}: {statistics.rows:,} rows, {statistics.tokens:,} tokens,"
             f" {statistics.supervised_tokens:,} of them learned; the longest has {statistics.longest}",
             highlight=False,
         )
         for warning in statistics.warnings():
             console.print(f"  note: {warning}", style="yellow", highlight=False)
+        if not statistics.examples:
+            raise HalfbyteError(
+                f"{name}: all {statistics.dropped} examples have more than max_length ({config.max_length}) tokens and"
+                " were dropped; raise max_length, or choose another truncation."
+            )
+        if config.system_prompt is not None and statistics.rows_of_text == statistics.rows:
+            raise HalfbyteError(f"system_prompt is set, and {name} holds texts with no place for it; leave it out.")
+        in_alpaca_prompt |= statistics.rows_in_alpaca_prompt > 0
         sets.append(examples)
+    if in_alpaca_prompt:  # what they were written in is saved with the adapter, and asked with later
+        set_chat_template(tokenizer, "alpaca")
     return sets[0], sets[1]
 
 
