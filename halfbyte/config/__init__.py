@@ -4,7 +4,15 @@
 the file and line (or the flag), the key, the value that was found and what is allowed.
 """
 
-from halfbyte.config.keys import Config, EvaluateConfig, FinetuneConfig, GenerateConfig, PlanConfig, QuantizeConfig
+from halfbyte.config.keys import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    PlanConfig,
+    QuantizeConfig,
+)
 from halfbyte.config.reading import ConfigT, load_config
 from halfbyte.config.values import memory_bytes
 from halfbyte.config.words import Allowed, allowed, alternatives, nearest
@@ -13,6 +21,7 @@ __all__ = [
     "Allowed",
     "Config",
     "ConfigT",
+    "DataConfig",
     "EvaluateConfig",
     "FinetuneConfig",
     "GenerateConfig",

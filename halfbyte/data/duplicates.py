@@ -10,7 +10,7 @@ import hashlib
 import re
 from array import array
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,11 +49,6 @@ def signature(text: str) -> npt.NDArray[np.uint8]:
     return ((first * np.uint32(0x9E3779B1)) >> np.uint32(24)).astype(np.uint8)
 
 
-def similarity(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:
-    """How far two texts overlap, 0 to 1, as their signatures tell: to about 0.05."""
-    return float((one == other).mean())
-
-
 class Repetition(NamedTuple):
     """A row that says what an earlier one does."""
 
@@ -66,18 +61,15 @@ class RowIndex:
     """What is remembered of rows, to tell repetitions: two hashes, a signature and the place of each."""
 
     def __init__(self) -> None:
-        self._wholes = array("Q")
-        self._prompts = array("Q")
+        self._wholes, self._prompts = array("Q"), array("Q")
         self._signatures = bytearray()
         self._files: dict[str, int] = {}
         self._places = array("q")  # file, line and row number; -1 where there is none
-        self._sorted: dict[int, npt.NDArray[np.intp]] = {}
 
     def __len__(self) -> int:
         return len(self._wholes)
 
     def add(self, row: Row) -> None:
-        self._sorted.clear()
         whole, prompt = _hashes(row)
         self._wholes.append(whole)
         self._prompts.append(prompt)
@@ -95,71 +87,92 @@ class RowIndex:
 
     def repetitions(self) -> Iterator[Repetition]:
         """Every row that repeats an earlier one, once, in the order of the rows."""
-        wholes, prompts, signatures = self._arrays()
-        duplicate = _earlier_equal(wholes)
-        other_answer = _earlier_equal(prompts)
-        near = _earlier_near(signatures)
-        for index in np.flatnonzero((duplicate >= 0) | (other_answer >= 0) | (near >= 0)):
-            for kind, earlier in (("duplicate", duplicate), ("other_answer", other_answer), ("near_duplicate", near)):
-                if earlier[index] >= 0:
-                    yield Repetition(kind, self.source(int(index)), self.source(int(earlier[index])))
-                    break
-
-    def find_whole(self, row: Row) -> str | None:
-        """The source of a row that is this one word for word."""
-        return self._find(self._wholes, _hashes(row)[0])
-
-    def find_prompt(self, row: Row) -> str | None:
-        """The source of a row with the same beginning up to its last answer."""
-        return self._find(self._prompts, _hashes(row)[1])
+        earlier = {
+            "duplicate": _earlier_equal(self.wholes),
+            "other_answer": _earlier_equal(self.prompts),
+            "near_duplicate": _earlier_near(self.signatures),
+        }
+        for index in np.flatnonzero(np.max([*earlier.values()], axis=0) >= 0) if len(self) else ():
+            kind = next(kind for kind, found in earlier.items() if found[index] >= 0)
+            source, before = self.source(int(index)), self.source(int(earlier[kind][index]))
+            if source != before:  # a mix may take a row more than once
+                yield Repetition(kind, source, before)
 
     def near_rows_of(self, other: "RowIndex") -> Iterator[tuple[str, str]]:
-        """Of each row of `other` that is nearly one of these, and not one of these: its source, and that row's."""
-        here, there = self._arrays(), other._arrays()
-        near = _earlier_near(np.concatenate([here[2], there[2]]))[len(self) :]
-        # The nearest earlier row may be one of `other`; then that one's place among these is its own.
+        """The source of each row of `other` that is nearly one of these, and that one's."""
+        near = _earlier_near(np.concatenate([self.signatures, other.signatures]))[len(self) :]
         for index, earlier in enumerate(near):
-            while earlier >= len(self):
+            while earlier >= len(self):  # a row of `other`, which may in its turn be nearly one of these
                 earlier = near[earlier - len(self)]
-            if 0 <= earlier and here[0][earlier] != there[0][index]:
+            if earlier >= 0:
                 yield other.source(index), self.source(int(earlier))
 
-    def _arrays(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
-        signatures = np.frombuffer(bytes(self._signatures), np.uint8).reshape(-1, SIGNATURE_BYTES)
-        return np.array(self._wholes, np.uint64), np.array(self._prompts, np.uint64), signatures
+    @property
+    def wholes(self) -> npt.NDArray[np.uint64]:
+        """(rows,) hashes of the rows."""
+        return np.array(self._wholes, np.uint64)
 
-    def _find(self, hashes: "array[int]", wanted: int) -> str | None:
-        values = np.frombuffer(hashes, np.uint64)
-        order = self._sorted.get(id(hashes))
-        if order is None:
-            order = self._sorted[id(hashes)] = np.argsort(values, kind="stable")
-        at = int(np.searchsorted(values, np.uint64(wanted), sorter=order))
-        found = at < len(order) and int(values[order[at]]) == wanted
-        return self.source(int(order[at])) if found else None
+    @property
+    def prompts(self) -> npt.NDArray[np.uint64]:
+        """(rows,) hashes of the rows without their last answers."""
+        return np.array(self._prompts, np.uint64)
+
+    @property
+    def signatures(self) -> npt.NDArray[np.uint8]:
+        """(rows, SIGNATURE_BYTES)."""
+        return np.frombuffer(bytes(self._signatures), np.uint8).reshape(-1, SIGNATURE_BYTES)
+
+
+class TrainedOn:
+    """Answers whether a held-out row is among the training rows."""
+
+    def __init__(self, index: RowIndex) -> None:
+        self._index = index
+        self._wholes, self._prompts = (np.unique(of, return_index=True) for of in (index.wholes, index.prompts))
+
+    def find(self, row: Row) -> tuple[str, str] | None:
+        """Whether all of it or its question alone, and the source of the training row."""
+        whole, prompt = _hashes(row)
+        kinds = (
+            ("held_out_in_training", self._wholes, whole),
+            ("held_out_prompt_in_training", self._prompts, prompt),
+        )
+        for kind, (hashes, first), wanted in kinds:
+            at = int(np.searchsorted(hashes, np.uint64(wanted)))
+            if at < len(hashes) and int(hashes[at]) == wanted:
+                return kind, self._index.source(int(first[at]))
+        return None
 
 
 def _hashes(row: Row) -> tuple[int, int]:
-    """Of the whole row, and of it without its last answer."""
-    turns = [(str(message.get("role")), _content(message)) for message in row.messages]
-    return _hash(turns), _hash(turns[:-1])
+    """Of the whole row, and of it without what is learned last."""
+    parts = _parts(row)
+    return _hash(parts), _hash(parts[:-1]) if len(parts) > 1 else _hash([*parts, ""])
 
 
-def _hash(turns: list[tuple[str, str]]) -> int:
+def _hash(parts: list[str]) -> int:
     digest = hashlib.blake2b(digest_size=8)
-    for turn in turns:
-        for text in turn:
-            data = text.strip().encode(errors="replace")
-            digest.update(len(data).to_bytes(8, "little") + data)
+    for part in parts:
+        data = part.strip().encode(errors="replace")
+        digest.update(len(data).to_bytes(8, "little") + data)
     return int.from_bytes(digest.digest(), "little")
 
 
-def _content(message: dict[str, object]) -> str:
-    return str(message.get("content") or "") + str(message.get("tool_calls") or "")
+def _parts(row: Row) -> list[str]:
+    if row.messages:
+        return [f"{message['role']}\n{_said(message)}" for message in row.messages]
+    return [piece.text for piece in row.pieces or ()]
+
+
+def _said(message: dict[str, Any]) -> str:
+    return "".join(str(message[key]) for key in ("reasoning_content", "content", "tool_calls") if message.get(key))
 
 
 def _spoken(row: Row) -> str:
     # A long system message that all rows share would make them all alike.
-    return "\n".join(_content(message) for message in row.messages if message.get("role") != "system")
+    if row.messages:
+        return "\n".join(_said(message) for message in row.messages if message["role"] != "system")
+    return "".join(piece.text for piece in row.pieces or ())
 
 
 def _earlier_equal(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:

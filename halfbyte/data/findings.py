@@ -28,7 +28,7 @@ KINDS = {
         "rows that are not of the format", True, "a key is missing, or is something else than its format says"
     ),
     "wrong_roles": Kind(
-        "roles that are not known or out of order", True, "who says what decides what is learned, so it is never guessed"
+        "roles that are not known or out of order", True, "who says what decides what is learned: it is not guessed"
     ),
     "empty_answer": Kind(
         "empty answers", True, "the model would learn to say nothing: fill the answer in, or remove the row"
@@ -75,8 +75,8 @@ KINDS = {
     "lost_character": Kind(
         "characters lost in a conversion", False, "U+FFFD stands where something was not decoded, and would be learned"
     ),
-    "same_role_twice": Kind(
-        "turns of one role after another", False, "two turns that were one, or one that is missing between them"
+    "mixed_roles": Kind(
+        "turns out of order", False, "two of one role after another, or a system message in the midst: is one missing?"
     ),
     "unanswered": Kind("conversations that end with a question", False, "what follows the last answer teaches nothing"),
     "empty_question": Kind("empty questions", False, "the answer belongs to nothing that the model can see"),
@@ -107,13 +107,13 @@ class Finding(NamedTuple):
 # The readers and the encoder say what is wrong in a sentence, and its words tell the kind; what none of them matches
 # is a row that is not of its format.
 _WORDS = {
-    "unreadable": r"JSON|UTF-8|cut off|more text|occurs twice|surrogate|text after the end",
-    "empty_answer": r"(answer|assistant turn|output|response|completion|chosen|reply)\S* (is|are) empty|is empty",
-    "wrong_roles": r"role|assistant turn|first message|first turn",
     "template_refuses": r"chat template",
-    "nothing_learned": r"mask is empty|nothing to learn|no token of this row",
+    "unreadable": r"JSON|UTF-8|cut off|more text|text after the end|occurs twice|surrogate",
+    "empty_answer": r" is empty",
+    "nothing_learned": r"mask is empty|nothing to learn",
+    "wrong_roles": r"the role|first message",
 }
-_SOURCE = re.compile(r"^(?P<source>.+?(?::\d+(?: \(row \d+\))?| \(row \d+\)))(?:: |\b ?)(?P<detail>.*)$", re.DOTALL)
+_SOURCE = re.compile(r"^(?P<source>.+?(?::\d+)?(?: \(row \d+\))?): (?P<detail>.*)$", re.DOTALL)
 
 
 def finding_of(error: HalfbyteError) -> Finding:
@@ -141,8 +141,8 @@ class Findings:
             kept.append(finding)
 
     def add_row(self, findings: list[Finding]) -> bool:
-        """Enter what was found in one row; whether the row can be trained on."""
-        for finding in findings:
+        """Enter what was found in one row, each kind once; whether the row can be trained on."""
+        for finding in {found.kind: found for found in reversed(findings)}.values():
             self.add(finding)
         bad = any(finding.spoils for finding in findings)
         self.bad_rows += bad

@@ -24,17 +24,19 @@ from halfbyte.checkpoint.resume import (
     save_checkpoint,
 )
 from halfbyte.config import FinetuneConfig
-from halfbyte.data import Batch, Example, encode_rows, fingerprint, pack, preview, read_rows, training_steps
+from halfbyte.data import Batch, Example, fingerprint, pack, preview, training_steps
+from halfbyte.data.checks import find_control_tokens
+from halfbyte.data.masks import special_tokens
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import add_lora, describe_replacements, load_model, load_tokenizer, replacements_of
 from halfbyte.optim import OPTIMIZERS, AdamW, check_page_dir, learning_rate_factor
 from halfbyte.plan import Plan
+from halfbyte.recipes.data import read_data
 from halfbyte.recipes.display import Display
 from halfbyte.recipes.interrupt import heard_at_step_end
 from halfbyte.recipes.memory import plan_memory
 from halfbyte.recipes.metrics import Metrics, check_trackers, forget_after
 from halfbyte.recipes.planning import (
-    TrainingConfig,
     UnplannableError,
     check_fits,
     count_steps,
@@ -44,6 +46,7 @@ from halfbyte.recipes.planning import (
 )
 from halfbyte.recipes.provenance import peak_resident_bytes, write_run_file
 from halfbyte.recipes.training import PassOutOfMemoryError, evaluate_loss, evaluation_batches, train_step
+from halfbyte.report.masked import masked_text
 
 # What may differ between a run and its continuation: nothing here changes a number of the training. Where the model
 # and the data lie may change; that they are the same is told by their fingerprints.
@@ -56,6 +59,7 @@ _FREE_TO_CHANGE = {
     "eval_dataset",
     "eval_steps",
     "per_device_eval_batch_size",
+    "skip_bad_rows",
     "save_steps",
     "save_total_limit",
     "logging_steps",
@@ -126,10 +130,8 @@ def dry_run(config: FinetuneConfig, console: Console) -> None:
     # Where there are no colours, brackets tell the two apart.
     told_by = "green" if console.color_system else "in ⟦brackets⟧"
     console.print(f"\nthe first example; what is learned is {told_by}:\n", highlight=False)
-    for text, learned in preview(tokenizer, train[0]):
-        shown = f"⟦{text}⟧" if learned and not console.color_system else text
-        console.print(shown, style="green" if learned else "dim", end="", markup=False, highlight=False)
-    console.print()
+    control_tokens = find_control_tokens(special_tokens(tokenizer))
+    console.print(masked_text(preview(tokenizer, train[0]), control_tokens, console.color_system is not None))
 
 
 def make_plan(config: FinetuneConfig, train: list[Example], held_out: list[Example], console: Console) -> Plan | None:
@@ -166,28 +168,6 @@ def check_inputs(config: FinetuneConfig) -> None:
     if config.page_dir is not None:
         check_page_dir(Path(config.page_dir))
     check_trackers(config.report_to)
-
-
-def read_data(
-    config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> tuple[list[Example], list[Example]]:
-    """The training and the held-out rows, tokenized and masked; the second is empty where there are none."""
-    sets: list[list[Example]] = []
-    for path in (config.dataset, config.eval_dataset):
-        if path is None:
-            sets.append([])
-            continue
-        rows = list(read_rows(path, config.dataset_format))
-        examples, statistics = encode_rows(tokenizer, rows, config.max_length, config.train_on_source)
-        console.print(
-            f"{path}: {statistics.rows:,} rows, {statistics.tokens:,} tokens,"
-            f" {statistics.supervised_tokens:,} of them learned; the longest has {statistics.longest}",
-            highlight=False,
-        )
-        for warning in statistics.warnings():
-            console.print(f"  note: {warning}", style="yellow", highlight=False)
-        sets.append(examples)
-    return sets[0], sets[1]
 
 
 @dataclass

@@ -11,7 +11,7 @@ from halfbyte.data import Example, pack
 from halfbyte.huggingface import load_tokenizer
 from halfbyte.huggingface.miniature import time_pass
 from halfbyte.plan import Advice, Plan, advise, most_tokens, smallest_budget
-from halfbyte.recipes.finetune import read_data
+from halfbyte.recipes.data import read_data
 from halfbyte.recipes.planning import count_steps, plan_run
 
 CALIBRATION_SECONDS = 10.0
