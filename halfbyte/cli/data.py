@@ -91,7 +91,7 @@ def _show_example(shown: "ShownExample", control_tokens: tuple[str, ...], consol
         shown.pieces, find_control_tokens(control_tokens), console.color_system is not None, LETTERS_SHOWN
     )
     text.rstrip()
-    console.print(Padding(text, (0, 0, 1, 2)))
+    console.print(Padding(text, (0, 0, 1, 2), expand=False))
 
 
 def _figures(inspection: "Inspection") -> Table:
@@ -151,10 +151,10 @@ def _show_findings(name: str, inspection: "Inspection", console: Console) -> Non
             console.print(Text.assemble((f"{count:>7,}  ", style), (kind.title, "bold"), f"  {kind.meaning}"),
                           soft_wrap=True)  # fmt: skip
             for finding in kept:
-                line = Text.assemble((printable(finding.source), "cyan"), f"  {printable(finding.detail)}")
-                console.print(Padding(line, (0, 0, 0, 9)))
+                place = (printable(finding.source), "cyan")
+                console.print(Text.assemble(" " * 9, place, f"  {printable(finding.detail)}"), soft_wrap=True)
             if count > len(kept):
-                console.print(Padding(Text(f"and {count - len(kept):,} more", "dim"), (0, 0, 0, 9)))
+                console.print(Text(f"{'':9}and {count - len(kept):,} more", "dim"))
         console.print()
 
 

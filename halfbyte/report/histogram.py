@@ -7,8 +7,8 @@ from pathlib import Path
 from halfbyte.errors import HalfbyteError
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_BINS = 12  # at most, and at least five
-_WIDTHS = (1, 2, 5)  # times a power of ten: bins that a person can add up
+_BINS = 12  # at most, and one for the longest
+_UNITS = (1, 2, 5)  # times a power of ten: bins that a person can add up
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,10 @@ def bins_of(lengths: Mapping[int, int]) -> list[Bin]:
     total = sum(lengths.values())
     if not total:
         return []
-    longest, most = max(lengths), percentile(lengths, 0.99)
-    width = next(w * 10**power for power in range(12) for w in _WIDTHS if most // (w * 10**power) < _BINS)
-    first, last = min(lengths) // width, most // width
+    shortest, longest, most = min(lengths), max(lengths), percentile(lengths, 0.99)
+    widths = (unit * 10**power for power in range(18) for unit in _UNITS)
+    width = next(width for width in widths if most // width - shortest // width < _BINS)
+    first, last = shortest // width, most // width
     counts = [0] * (last - first + 1)
     beyond = 0
     for length, count in lengths.items():
