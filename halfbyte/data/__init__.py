@@ -4,7 +4,8 @@ from halfbyte.data.batches import Batch, collate, epoch_order, padded_share, pla
 from halfbyte.data.encoding import EncodingStatistics, encode_rows
 from halfbyte.data.examples import IGNORE_INDEX, Example, fingerprint, preview
 from halfbyte.data.packing import best_fit, pack
-from halfbyte.data.rows import Alpaca, Row, read_rows
+from halfbyte.data.reading import read_rows, read_sources
+from halfbyte.data.rows import Alpaca, Piece, Row, Source
 from halfbyte.data.templates import Tokenizer, render_alpaca_prompt, render_chat
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "Batch",
     "EncodingStatistics",
     "Example",
+    "Piece",
     "Row",
+    "Source",
     "Tokenizer",
     "best_fit",
     "collate",
@@ -25,6 +28,7 @@ __all__ = [
     "plan_steps",
     "preview",
     "read_rows",
+    "read_sources",
     "render_alpaca_prompt",
     "render_chat",
     "training_steps",

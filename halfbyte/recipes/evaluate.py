@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Evaluati
     if config.output is not None:
         check_writable(Path(config.output), "output")
     tokenizer = load_tokenizer(config.model_name_or_path)
-    rows = read_rows(config.dataset, config.dataset_format)[: config.limit]
+    rows = list(read_rows(config.dataset, config.dataset_format))[: config.limit]
     examples, _ = encode_rows(tokenizer, rows, config.max_length)
     model, _ = load_model(
         config.model_name_or_path,

@@ -177,7 +177,7 @@ def read_data(
         if path is None:
             sets.append([])
             continue
-        rows = read_rows(path, config.dataset_format)
+        rows = list(read_rows(path, config.dataset_format))
         examples, statistics = encode_rows(tokenizer, rows, config.max_length, config.train_on_source)
         console.print(
             f"{path}: {statistics.rows:,} rows, {statistics.tokens:,} tokens,"
