@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from halfbyte.checkpoint.resume import (
     save_checkpoint,
 )
 from halfbyte.config import FinetuneConfig
-from halfbyte.data import Batch, Example, encode_rows, fingerprint, pack, preview, read_rows, training_steps
+from halfbyte.data import Batch, Example, fingerprint, pack, preview, training_steps
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import add_lora, describe_replacements, load_model, load_tokenizer, replacements_of
 from halfbyte.optim import OPTIMIZERS, AdamW, check_page_dir, learning_rate_factor
@@ -34,7 +34,6 @@ from halfbyte.recipes.interrupt import heard_at_step_end
 from halfbyte.recipes.memory import plan_memory
 from halfbyte.recipes.metrics import Metrics, check_trackers, forget_after
 from halfbyte.recipes.planning import (
-    TrainingConfig,
     UnplannableError,
     check_fits,
     count_steps,
@@ -43,6 +42,7 @@ from halfbyte.recipes.planning import (
     plan_run,
 )
 from halfbyte.recipes.provenance import peak_resident_bytes, write_run_file
+from halfbyte.recipes.tokenizing import read_data
 from halfbyte.recipes.training import PassOutOfMemoryError, evaluate_loss, evaluation_batches, train_step
 
 # What may differ between a run and its continuation: nothing here changes a number of the training. Where the model
@@ -64,6 +64,7 @@ _FREE_TO_CHANGE = {
     "max_memory",
     "over_budget",
     "page_dir",
+    "data_cache_dir",
 }
 
 
@@ -97,9 +98,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
     tokenizer = load_tokenizer(config.model_name_or_path)
     train, held_out = read_data(config, tokenizer, console)
     if config.packing:
-        rows = pack(train, config.max_length)
-        console.print(f"packed into {len(rows):,} rows of at most {config.max_length} tokens", highlight=False)
-        train = rows
+        train = pack(train, config.max_length)
+        console.print(f"packed into {len(train):,} rows of at most {config.max_length} tokens", highlight=False)
     plan = make_plan(config, train, held_out, console)
     if plan is not None and config.over_budget == "refuse":
         check_fits(plan, config.max_memory)
@@ -132,7 +132,9 @@ def dry_run(config: FinetuneConfig, console: Console) -> None:
     console.print()
 
 
-def make_plan(config: FinetuneConfig, train: list[Example], held_out: list[Example], console: Console) -> Plan | None:
+def make_plan(
+    config: FinetuneConfig, train: Sequence[Example], held_out: Sequence[Example], console: Console
+) -> Plan | None:
     """What the run will hold, said to a person; None where that is not known beforehand.
 
     Raises:
@@ -168,28 +170,6 @@ def check_inputs(config: FinetuneConfig) -> None:
     check_trackers(config.report_to)
 
 
-def read_data(
-    config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> tuple[list[Example], list[Example]]:
-    """The training and the held-out rows, tokenized and masked; the second is empty where there are none."""
-    sets: list[list[Example]] = []
-    for path in (config.dataset, config.eval_dataset):
-        if path is None:
-            sets.append([])
-            continue
-        rows = list(read_rows(path, config.dataset_format))
-        examples, statistics = encode_rows(tokenizer, rows, config.max_length, config.train_on_source)
-        console.print(
-            f"{path}: {statistics.rows:,} rows, {statistics.tokens:,} tokens,"
-            f" {statistics.supervised_tokens:,} of them learned; the longest has {statistics.longest}",
-            highlight=False,
-        )
-        for warning in statistics.warnings():
-            console.print(f"  note: {warning}", style="yellow", highlight=False)
-        sets.append(examples)
-    return sets[0], sets[1]
-
-
 @dataclass
 class Run:
     """A training that is ready to begin, and what it needs."""
@@ -197,8 +177,8 @@ class Run:
     config: FinetuneConfig
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     console: Console
     plan: Plan | None = None
 
