@@ -102,6 +102,9 @@ class BatchKeys(Config):
         True, description="Put several rows of data into one of max_length tokens; none sees another."
     )
     train_on_source: bool = Field(False, description="Learn the prompts too, not only the answers.")
+    data_cache_dir: PathText | None = Field(
+        None, description="Where large data sets are kept tokenized; not said: ~/.cache/halfbyte/data."
+    )
 
 
 class CheckKeys(Config):

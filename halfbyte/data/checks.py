@@ -13,7 +13,7 @@ them ends it. What takes all rows to see, the repetitions, is found at the end.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from halfbyte.data.duplicates import RowIndex, TrainedOn
 from halfbyte.data.encoding import EncodingStatistics
@@ -104,21 +104,22 @@ class Inspection:
     name: str  # as it was asked for
     control_tokens: re.Pattern[str] = re.compile(r"(?!)")  # find_control_tokens
     bos_id: int | None = None
-    skip_bad_rows: int | None = None  # how many may be left out; None: as many as there are
+    skip_bad_rows: int | None = None  # how many may be left out; None: all, for nothing is to be trained
     training: RowIndex | None = None  # the rows that are learned, where this set is held out
     findings: Findings = field(default_factory=Findings)
     statistics: EncodingStatistics = field(default_factory=EncodingStatistics)
     lengths: Counter[int] = field(default_factory=Counter)  # tokens of an example, before any cut -> examples
     index: RowIndex = field(default_factory=RowIndex)
+    bad_sources: set[str] = field(default_factory=set)
 
     def refuse(self, error: HalfbyteError) -> None:
         """What `on_bad_row` of the readers is given.  HalfbyteError for one row too many."""
         self._enter([finding_of(error)])
 
-    def checked(self, rows: Iterable[Row]) -> Iterator[Row]:
+    def checked(self, rows: Iterator[Row]) -> Iterator[Row]:
         """The rows that can be trained on, as far as can be seen of a row."""
         trained_on = TrainedOn(self.training) if self.training is not None else None
-        for row in rows:
+        for row in self._until_broken(rows):
             found = list(check_row(row, self.control_tokens))
             leak = trained_on.find(row) if trained_on else None
             if leak:
@@ -130,7 +131,7 @@ class Inspection:
                 yield row
 
     def encoded(self, rows: Iterable[Row], encode: Encode) -> Iterator[Example]:
-        """The examples of the rows that can be trained on; `encode` is given one row."""
+        """The examples of the rows that can be trained on, as far as can be seen of their tokens."""
         for row in rows:
             try:
                 examples, statistics = encode(row)
@@ -140,7 +141,9 @@ class Inspection:
                 self.refuse(error)
                 continue
             if self._enter(list(check_examples(row, examples, statistics, self.bos_id))):
-                self._count(examples, statistics)
+                self.statistics.add(statistics)
+                whole = statistics.examples == 1  # of several, only the longest is known as it was before a cut
+                self.lengths.update([statistics.longest] if whole else [len(example.input_ids) for example in examples])
                 yield from examples
 
     def close(self) -> None:
@@ -152,19 +155,52 @@ class Inspection:
             for source, trained in self.training.near_rows_of(self.index):
                 self.findings.add(Finding("held_out_near_training", source, f"is nearly the training row {trained}"))
 
-    def _enter(self, found: list[Finding]) -> bool:
-        good = self.findings.add_row(found)
-        if not good and self.skip_bad_rows is not None and self.findings.bad_rows > self.skip_bad_rows:
-            worst = next(finding for finding in found if finding.spoils)
-            allowed = f"; skip_bad_rows allows {self.skip_bad_rows}" if self.skip_bad_rows else ""
-            raise HalfbyteError(f"{worst}{allowed} (halfbyte data shows all there is)")
-        return good
+    def _until_broken(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows, and for somebody who only looks also those before a place that no reader gets past."""
+        try:
+            yield from rows
+        except HalfbyteError as error:
+            if self.skip_bad_rows is not None:
+                raise
+            finding = finding_of(error)
+            if finding.has_place:
+                self._enter([finding._replace(detail=f"{finding.detail}; nothing behind it was read")])
+            elif not self.findings.bad_rows:  # or it is that no row is left, which is known
+                raise
 
-    def _count(self, examples: list[Example], statistics: EncodingStatistics) -> None:
-        for counted in fields(statistics):
-            old, new = getattr(self.statistics, counted.name), getattr(statistics, counted.name)
-            setattr(self.statistics, counted.name, max(old, new) if counted.name == "longest" else old + new)
-        if len(examples) == 1:
-            self.lengths[statistics.longest] += 1
-        else:
-            self.lengths.update(len(example.input_ids) for example in examples)
+    def _enter(self, found: list[Finding]) -> bool:
+        if self.findings.add_row(found):
+            return True
+        worst = next(finding for finding in found if finding.spoils)
+        if self.skip_bad_rows is None:
+            return False
+        if self.findings.bad_rows > self.skip_bad_rows:
+            allowed = f"; skip_bad_rows allows {self.skip_bad_rows} such rows" if self.skip_bad_rows else ""
+            raise HalfbyteError(f"{worst}{allowed} (halfbyte data shows all there are)")
+        self.bad_sources.add(worst.source)
+        return False
+
+
+def encode_checked(
+    rows: Iterable[Row], encode: Encode, bos_id: int | None, skip_bad_rows: int
+) -> tuple[list[Example], EncodingStatistics]:
+    """The rows' examples without those that would spoil a run, which `refused` of the statistics tells of.
+
+    For processes that do not know of each other: it raises HalfbyteError for more than `skip_bad_rows` of these rows.
+    """
+    examples: list[Example] = []
+    total = EncodingStatistics()
+    for row in rows:
+        try:
+            made, statistics = encode(row)
+            for finding in check_examples(row, made, statistics, bos_id):
+                if finding.spoils:
+                    raise HalfbyteError(str(finding))
+        except HalfbyteError as error:
+            if len(total.refused) >= skip_bad_rows or not str(error).startswith(row.source):
+                raise
+            total.refused.append(str(error))
+            continue
+        total.add(statistics)
+        examples += made
+    return examples, total

@@ -60,7 +60,8 @@ class Repetition(NamedTuple):
 class RowIndex:
     """What is remembered of rows, to tell repetitions: two hashes, a signature and the place of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, near: bool = True) -> None:  # without, rows that are nearly equal are not found
+        self._near = near
         self._wholes, self._prompts = array("Q"), array("Q")
         self._signatures = bytearray()
         self._files: dict[str, int] = {}
@@ -73,7 +74,8 @@ class RowIndex:
         whole, prompt = _hashes(row)
         self._wholes.append(whole)
         self._prompts.append(prompt)
-        self._signatures += signature(_spoken(row)).tobytes()
+        if self._near:
+            self._signatures += signature(_spoken(row)).tobytes()
         place = _SOURCE.match(row.source)
         assert place is not None  # every text matches
         self._places.append(self._files.setdefault(place["file"], len(self._files)))
@@ -90,8 +92,9 @@ class RowIndex:
         earlier = {
             "duplicate": _earlier_equal(self.wholes),
             "other_answer": _earlier_equal(self.prompts),
-            "near_duplicate": _earlier_near(self.signatures),
         }
+        if self._near:
+            earlier["near_duplicate"] = _earlier_near(self.signatures)
         for index in np.flatnonzero(np.max([*earlier.values()], axis=0) >= 0) if len(self) else ():
             kind = next(kind for kind, found in earlier.items() if found[index] >= 0)
             source, before = self.source(int(index)), self.source(int(earlier[kind][index]))
@@ -100,6 +103,8 @@ class RowIndex:
 
     def near_rows_of(self, other: "RowIndex") -> Iterator[tuple[str, str]]:
         """The source of each row of `other` that is nearly one of these, and that one's."""
+        if not (self._near and other._near):
+            return
         near = _earlier_near(np.concatenate([self.signatures, other.signatures]))[len(self) :]
         for index, earlier in enumerate(near):
             while earlier >= len(self):  # a row of `other`, which may in its turn be nearly one of these

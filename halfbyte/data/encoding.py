@@ -1,7 +1,7 @@
 """From rows to examples: token ids and labels, cut to length, with an account of what was done to them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -28,6 +28,13 @@ class EncodingStatistics:
     rows_with_special_text: int = 0  # a message holds the text of a control token, which becomes that token
     answers_without_end: int = 0  # answers that the template ends with no special token
     answers_sharing_a_token: int = 0  # answers whose first token begins in the prompt
+    refused: list[str] = field(default_factory=list)  # what is wrong with rows that were left out, as sentences
+
+    def add(self, other: "EncodingStatistics") -> None:
+        """Count in what became of other rows."""
+        for counted in fields(self):
+            old, new = getattr(self, counted.name), getattr(other, counted.name)
+            setattr(self, counted.name, max(old, new) if counted.name == "longest" else old + new)
 
     def warnings(self) -> list[str]:
         """A sentence for each thing that a person would want to know before training."""

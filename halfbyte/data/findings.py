@@ -100,6 +100,11 @@ class Finding(NamedTuple):
     def spoils(self) -> bool:
         return KINDS[self.kind].spoils
 
+    @property
+    def has_place(self) -> bool:
+        """Whether it is known where in the file it is."""
+        return re.search(r":\d+$|\(row \d+\)$", self.source) is not None
+
     def __str__(self) -> str:
         return f"{self.source}: {self.detail}"
 

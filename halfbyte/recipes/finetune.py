@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import add_lora, describe_replacements, load_model, load_tokenizer, replacements_of
 from halfbyte.optim import OPTIMIZERS, AdamW, check_page_dir, learning_rate_factor
 from halfbyte.plan import Plan
-from halfbyte.recipes.data import read_data
 from halfbyte.recipes.display import Display
 from halfbyte.recipes.interrupt import heard_at_step_end
 from halfbyte.recipes.memory import plan_memory
@@ -45,6 +44,7 @@ from halfbyte.recipes.planning import (
     plan_run,
 )
 from halfbyte.recipes.provenance import peak_resident_bytes, write_run_file
+from halfbyte.recipes.tokenizing import read_data
 from halfbyte.recipes.training import PassOutOfMemoryError, evaluate_loss, evaluation_batches, train_step
 from halfbyte.report.masked import masked_text
 
@@ -68,6 +68,7 @@ _FREE_TO_CHANGE = {
     "max_memory",
     "over_budget",
     "page_dir",
+    "data_cache_dir",
 }
 
 
@@ -101,9 +102,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
     tokenizer = load_tokenizer(config.model_name_or_path)
     train, held_out = read_data(config, tokenizer, console)
     if config.packing:
-        rows = pack(train, config.max_length)
-        console.print(f"packed into {len(rows):,} rows of at most {config.max_length} tokens", highlight=False)
-        train = rows
+        train = pack(train, config.max_length)
+        console.print(f"packed into {len(train):,} rows of at most {config.max_length} tokens", highlight=False)
     plan = make_plan(config, train, held_out, console)
     if plan is not None and config.over_budget == "refuse":
         check_fits(plan, config.max_memory)
@@ -134,7 +134,9 @@ def dry_run(config: FinetuneConfig, console: Console) -> None:
     console.print(masked_text(preview(tokenizer, train[0]), control_tokens, console.color_system is not None))
 
 
-def make_plan(config: FinetuneConfig, train: list[Example], held_out: list[Example], console: Console) -> Plan | None:
+def make_plan(
+    config: FinetuneConfig, train: Sequence[Example], held_out: Sequence[Example], console: Console
+) -> Plan | None:
     """What the run will hold, said to a person; None where that is not known beforehand.
 
     Raises:
@@ -177,8 +179,8 @@ class Run:
     config: FinetuneConfig
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     console: Console
     plan: Plan | None = None
 
