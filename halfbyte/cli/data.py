@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from halfbyte.cli import EXIT_FAILED
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 
 LETTERS_SHOWN = 2400  # of an example: some 30 lines
 BAR_WIDTH = 40
+_NAME_WIDTH = 10
 
 
 @config_command(DataConfig)
@@ -61,9 +60,9 @@ def _show(report: "DataReport", console: Console) -> None:
         _show_first(report, console)
     for name, inspection in report.inspections.items():
         console.print(Text(f"{name}: {printable(inspection.name)}", "bold"), soft_wrap=True)
-        console.print(_figures(inspection))
+        _show_figures(inspection, console)
         if inspection.lengths:
-            console.print(_histogram(inspection, report.config.max_length))
+            _show_histogram(inspection, report.config.max_length, console)
         console.print()
     for name, inspection in report.inspections.items():
         _show_findings(name, inspection, console)
@@ -91,50 +90,47 @@ def _show_example(shown: "ShownExample", control_tokens: tuple[str, ...], consol
         shown.pieces, find_control_tokens(control_tokens), console.color_system is not None, LETTERS_SHOWN
     )
     text.rstrip()
-    console.print(Padding(text, (0, 0, 1, 2), expand=False))
+    for line in text.wrap(console, console.width - 2):
+        console.print(Text("  ") + line)
+    console.print()
 
 
-def _figures(inspection: "Inspection") -> Table:
+def _show_figures(inspection: "Inspection", console: Console) -> None:
     from halfbyte.report.histogram import percentile
 
     statistics, lengths = inspection.statistics, inspection.lengths
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
-    table.add_column(style="dim", min_width=8)
-    table.add_column()
     bad = inspection.findings.bad_rows
-    table.add_row("rows", f"{statistics.rows:,}" + (f", and [red]{bad:,} that would spoil a run[/]" if bad else ""))
+    figures = {"rows": f"{statistics.rows:,}" + (f", and [red]{bad:,} that would spoil a run[/]" if bad else "")}
     if statistics.examples != statistics.rows:
-        table.add_row("examples", f"{statistics.examples:,}")
+        figures["examples"] = f"{statistics.examples:,}"
     if lengths:
-        table.add_row("tokens", f"{statistics.tokens:,}")
         share = statistics.supervised_tokens / statistics.tokens
-        table.add_row("learned", f"{statistics.supervised_tokens:,}, {share:.1%} of the tokens")
-        table.add_row(
-            "lengths",
-            f"{min(lengths):,} to {statistics.longest:,} tokens; half have at most {percentile(lengths, 0.5):,},"
-            f" 19 of 20 at most {percentile(lengths, 0.95):,}",
-        )
-    return table
+        half, most = percentile(lengths, 0.5), percentile(lengths, 0.95)
+        figures |= {
+            "tokens": f"{statistics.tokens:,}",
+            "learned": f"{statistics.supervised_tokens:,}, {share:.1%} of the tokens",
+            "lengths": f"{min(lengths):,} to {statistics.longest:,} tokens; half at most {half:,}, 19 of 20 {most:,}",
+        }
+    for name, figure in figures.items():
+        console.print(f"[dim]{name:<{_NAME_WIDTH}}[/]{figure}", soft_wrap=True)
 
 
-def _histogram(inspection: "Inspection", max_length: int) -> Table:
+def _show_histogram(inspection: "Inspection", max_length: int, console: Console) -> None:
     from halfbyte.report.histogram import bar, bins_of
 
     bins = bins_of(inspection.lengths)
     most = max(bin_.count for bin_ in bins)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
-    table.add_column(style="dim", min_width=8)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True)
-    for number, bin_ in enumerate(bins):
-        cut = bin_.last > max_length
-        drawn = Text(bar(bin_.count, most, BAR_WIDTH), "yellow" if cut else "green")
-        drawn.append(f" {bin_.count:,}" if bin_.count else "", "default")
+    spans = [f"{bin_.first:,}" if bin_.first == bin_.last else f"{bin_.first:,}–{bin_.last:,}" for bin_ in bins]
+    width = max(map(len, spans))
+    for bin_, span in zip(bins, spans, strict=True):
+        name = "tokens" if bin_ is bins[0] else ""
+        line = Text.assemble((f"{name:<{_NAME_WIDTH}}{span:>{width}}  ", "dim"))
+        line.append(bar(bin_.count, most, BAR_WIDTH), "yellow" if bin_.last > max_length else "green")
+        line.append(f" {bin_.count:,}" if bin_.count else "")
         if bin_.first <= max_length < bin_.last:
-            drawn.append(f"  max_length {max_length:,}", "yellow")
-        span = f"{bin_.first:,}" if bin_.first == bin_.last else f"{bin_.first:,}–{bin_.last:,}"
-        table.add_row("" if number else "tokens", span, drawn)
-    return table
+            line.append(f"  max_length is {max_length:,}", "yellow")
+        line.rstrip()
+        console.print(line, soft_wrap=True)
 
 
 def _show_findings(name: str, inspection: "Inspection", console: Console) -> None:
@@ -148,8 +144,8 @@ def _show_findings(name: str, inspection: "Inspection", console: Console) -> Non
         console.print(Text(f"{name}: {heading}", style))
         for key, kind in kinds.items():
             count, kept = findings.counts[key], findings.kept[key]
-            console.print(Text.assemble((f"{count:>7,}  ", style), (kind.title, "bold"), f"  {kind.meaning}"),
-                          soft_wrap=True)  # fmt: skip
+            console.print(Text.assemble((f"{count:>7,}  ", style), (kind.title, "bold")), soft_wrap=True)
+            console.print(Text(f"{'':9}{kind.meaning}", "dim"), soft_wrap=True)
             for finding in kept:
                 place = (printable(finding.source), "cyan")
                 console.print(Text.assemble(" " * 9, place, f"  {printable(finding.detail)}"), soft_wrap=True)
@@ -168,7 +164,7 @@ def _show_verdict(report: "DataReport", console: Console) -> None:
         verdict = (
             f"[bold red]finetune would stop[/]: {_rows(bad)} would spoil a run{allowed}; mend what is named above,"
         )
-        console.print(f"{verdict} or go on without with --skip_bad_rows {most}", soft_wrap=True)
+        console.print(f"{verdict} or leave them out with --skip_bad_rows {most}", soft_wrap=True)
     elif report.spoiled:
         console.print("[bold red]finetune would stop[/]: there is no row to learn from", soft_wrap=True)
     elif bad:

@@ -24,7 +24,7 @@ from halfbyte.errors import HalfbyteError
 
 # All of Unicode's category Cc but tab, line feed and carriage return.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_LOST = "\ufffd"
+_LOST = re.compile("\ufffd")
 
 Encode = Callable[[Row], tuple[list[Example], EncodingStatistics]]
 
@@ -40,8 +40,9 @@ def check_row(row: Row, control_tokens: re.Pattern[str]) -> Iterator[Finding]:
             yield Finding(
                 "control_character", row.source, f"{where} holds U+{ord(control[0]):04X}{_near(text, control)}"
             )
-        if _LOST in text:
-            yield Finding("lost_character", row.source, f"{where} holds U+FFFD {text.count(_LOST)} times")
+        lost = _LOST.search(text)
+        if lost:
+            yield Finding("lost_character", row.source, f"{where} holds U+FFFD{_near(text, lost)}")
     yield from _check_turns(row)
 
 

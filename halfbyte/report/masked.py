@@ -8,7 +8,7 @@ from rich.text import Text
 from halfbyte.report.terminal import printable
 
 LEARNED, READ = "green", "dim"
-LEARNED_CONTROL, READ_CONTROL = "bold black on green", "bold black on white"
+LEARNED_CONTROL, READ_CONTROL = "bold black on green", "black on bright_black"
 
 
 def masked_text(
