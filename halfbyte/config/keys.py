@@ -65,7 +65,14 @@ class DataKeys(Config):
     dataset_format: Literal["auto", "alpaca", "messages"] = Field(
         "auto", description="What a row looks like; auto looks at the first row."
     )
-    max_length: int = Field(1024, ge=2, description="Longest row, in tokens; the beginning of a longer one is cut off.")
+    chat_template: Text | None = Field(
+        None, description="How a conversation is written: a Jinja file or one of ours; by default the model's own."
+    )
+    system_prompt: str | None = Field(None, description="A system message for conversations that have none.")
+    max_length: int = Field(1024, ge=2, description="Longest row, in tokens; truncation says what becomes of others.")
+    truncation: Literal["keep_end", "drop", "split", "error"] = Field(
+        "keep_end", description="A longer row loses its beginning, is left out, is cut into several, or stops the run."
+    )
 
 
 class QuantizationKeys(Config):
@@ -102,6 +109,7 @@ class BatchKeys(Config):
         True, description="Put several rows of data into one of max_length tokens; none sees another."
     )
     train_on_source: bool = Field(False, description="Learn the prompts too, not only the answers.")
+    train_on_last_turn: bool = Field(False, description="Learn the last answer of a conversation only.")
     data_cache_dir: PathText | None = Field(
         None, description="Where large data sets are kept tokenized; not said: ~/.cache/halfbyte/data."
     )
@@ -202,6 +210,9 @@ class GenerationKeys(Config):
 
     prompt: Text = Field(description="What the user says; - reads it from standard input.")
     system: str | None = Field(None, description="The system message.")
+    chat_template: Text | None = Field(
+        None, description="A Jinja file or one of ours; by default the adapter's, then the model's."
+    )
     adapter: PathText | None = Field(None, description="The directory of a LoRA adapter to put on the model.")
     max_new_tokens: int = Field(256, ge=1, description="Longest answer, in tokens.")
     temperature: float = Field(0.0, ge=0, description="0 always takes the likeliest token.")
@@ -281,6 +292,11 @@ def _check_training_keys(config: "FinetuneConfig | PlanConfig | DataConfig") -> 
             "save_total_limit",
             config.save_total_limit is None or config.save_steps is not None,
             "save_total_limit is set but save_steps is not, so no checkpoint would be written",
+        ),
+        (
+            "train_on_last_turn",
+            not (config.train_on_last_turn and config.train_on_source),
+            "train_on_last_turn and train_on_source contradict each other: leave one of them out",
         ),
         (
             "page_dir",

@@ -8,17 +8,19 @@ from halfbyte.data.cache import (
     rows_sha256,
     tokenizer_sha256,
 )
-from halfbyte.data.encoding import EncodingStatistics, encode_rows
+from halfbyte.data.encoding import Encoder, EncodingStatistics, encode_prompt, encode_rows
 from halfbyte.data.examples import IGNORE_INDEX, Example, LazyExamples, fingerprint, lengths_of, preview
 from halfbyte.data.packing import PackedExamples, best_fit, pack
 from halfbyte.data.reading import read_rows, read_sources
 from halfbyte.data.rows import Alpaca, Piece, Row, Source
-from halfbyte.data.templates import Tokenizer, render_alpaca_prompt, render_chat
+from halfbyte.data.templates import NAMED_TEMPLATES, Tokenizer, render_chat, set_chat_template
 
 __all__ = [
     "IGNORE_INDEX",
+    "NAMED_TEMPLATES",
     "Alpaca",
     "Batch",
+    "Encoder",
     "EncodingStatistics",
     "Example",
     "LazyExamples",
@@ -32,6 +34,7 @@ __all__ = [
     "content_sha256",
     "default_cache_dir",
     "encode_or_recall",
+    "encode_prompt",
     "encode_rows",
     "epoch_order",
     "fingerprint",
@@ -42,9 +45,9 @@ __all__ = [
     "preview",
     "read_rows",
     "read_sources",
-    "render_alpaca_prompt",
     "render_chat",
     "rows_sha256",
+    "set_chat_template",
     "tokenizer_sha256",
     "training_steps",
 ]

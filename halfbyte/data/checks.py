@@ -90,6 +90,12 @@ def check_examples(
         yield Finding("shortened_answer", row.source, detail)
     elif statistics.truncated:
         yield Finding("shortened", row.source, f"has {statistics.longest:,} tokens")
+    if statistics.dropped:
+        yield Finding("dropped", row.source, f"has {statistics.longest:,} tokens")
+    if statistics.windowed:
+        yield Finding("windowed", row.source, f"{statistics.longest:,} tokens became {statistics.windows} examples")
+    if statistics.without_bos:
+        yield Finding("without_bos", row.source, "begins without a BOS")
     if statistics.answers_without_end:
         yield Finding("no_end", row.source, f"{statistics.answers_without_end} of its answers")
     if statistics.split_rows:

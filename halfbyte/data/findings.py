@@ -63,6 +63,11 @@ KINDS = {
         "rows cut, and their answers with them", False, "answers begin in their midst: raise max_length"
     ),
     "shortened": Kind("rows cut to max_length", False, "prompts lose their beginning; the answers are whole"),
+    "dropped": Kind("rows longer than max_length", False, "truncation is drop: nothing of them is learned"),
+    "windowed": Kind("rows cut into several examples", False, "truncation is split: each sees only its own part"),
+    "without_bos": Kind(
+        "texts without a BOS", False, "the tokenizer would put one before every text; its chat template writes none"
+    ),
     "no_end": Kind(
         "answers without an end token", False, "the model may not learn to stop: another chat template may write one"
     ),

@@ -75,8 +75,9 @@ def _reader(source: Source, on_bad_row: OnBadRow | None) -> _Reader:
 
 def _rows(records: Iterator[Record], source: Source, on_bad_row: OnBadRow | None) -> Iterator[Row]:
     dataset_format = source.dataset_format
-    number = read = 0
-    for number, record in enumerate(records, start=1):
+    found = read = 0
+    for record in records:
+        found += 1
         try:
             if record.error is not None:
                 raise record.error
@@ -96,8 +97,8 @@ def _rows(records: Iterator[Record], source: Source, on_bad_row: OnBadRow | None
         yield row
     if not read:
         where = f"{source.path} {source.split}" if source.split else source.path
-        found = f"none of its {number:,} rows can be read" if number else "there are no rows in it"
-        raise HalfbyteError(f"{where}: {found}, so there is nothing to learn")
+        what = f"none of its {found:,} rows can be read" if found else "there are no rows in it"
+        raise HalfbyteError(f"{where}: {what}, so there is nothing to learn")
 
 
 def _mixed(readers: Sequence[_Reader], weights: Sequence[float]) -> Iterator[Row]:

@@ -110,9 +110,7 @@ def source_files(source: Source) -> list[Path]:
     chosen = [file for file in files if split in (_split_of(file, root), *_components(file, root))]
     if not chosen:
         there = ", ".join(sorted({_split_of(file, root) for file in files}))
-        raise HalfbyteError(
-            f"{root}: there is no split '{split}' in this directory, only {there}: say which with split"
-        )
+        raise HalfbyteError(f"{root}: there is no split '{split}' in this directory, only {there}")
     return chosen
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.config import DataConfig, FinetuneConfig, PlanConfig
-from halfbyte.data import EncodingStatistics, Example, Row, encode_rows, read_rows
+from halfbyte.data import Encoder, EncodingStatistics, Example, Row, read_rows
 from halfbyte.data.checks import Inspection, find_control_tokens
 from halfbyte.data.duplicates import RowIndex
 from halfbyte.data.findings import KINDS
@@ -18,7 +18,17 @@ from halfbyte.errors import HalfbyteError
 ConfigWithData = FinetuneConfig | PlanConfig | DataConfig
 
 # What the encoder counts and tells in sentences of its own (EncodingStatistics.warnings).
-_TOLD_BY_THE_ENCODER = {"shortened", "shortened_answer", "split", "no_end", "shared_token", "control_token_in_text"}
+_TOLD_BY_THE_ENCODER = {
+    "shortened",
+    "shortened_answer",
+    "split",
+    "no_end",
+    "shared_token",
+    "control_token_in_text",
+    "dropped",
+    "windowed",
+    "without_bos",
+}
 
 _T = TypeVar("_T")
 
@@ -27,7 +37,15 @@ def row_encoder(
     config: ConfigWithData, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[Row], tuple[list[Example], EncodingStatistics]]:
     """What makes examples of one row, as the configuration says."""
-    return lambda row: encode_rows(tokenizer, [row], config.max_length, config.train_on_source)
+    encoder = Encoder(
+        tokenizer, config.max_length, config.train_on_source, config.train_on_last_turn, config.truncation
+    )
+
+    def encode(row: Row) -> tuple[list[Example], EncodingStatistics]:
+        statistics = EncodingStatistics()
+        return list(encoder.encode(row, statistics)), statistics
+
+    return encode
 
 
 def new_inspection(

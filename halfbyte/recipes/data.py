@@ -9,7 +9,7 @@ from halfbyte.config import DataConfig
 from halfbyte.data import preview
 from halfbyte.data.checks import Inspection
 from halfbyte.data.masks import special_tokens
-from halfbyte.huggingface import load_tokenizer
+from halfbyte.huggingface import prepare_tokenizer
 from halfbyte.recipes.checking import new_inspection, read_checked, row_encoder, with_progress
 from halfbyte.report.histogram import percentile
 
@@ -61,7 +61,7 @@ def examine_data(config: DataConfig, console: Console, shown: int = 3, findings_
     Raises:
         HalfbyteError: a file is not there or not readable at all, the model has no tokenizer.
     """
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = prepare_tokenizer(config.model_name_or_path, None, config.chat_template, config.system_prompt)
     encode = row_encoder(config, tokenizer)
     inspections: dict[str, Inspection] = {}
     first: list[ShownExample] = []

@@ -28,7 +28,7 @@ from halfbyte.data import Batch, Example, fingerprint, pack, preview, training_s
 from halfbyte.data.checks import find_control_tokens
 from halfbyte.data.masks import special_tokens
 from halfbyte.errors import HalfbyteError
-from halfbyte.huggingface import add_lora, describe_replacements, load_model, load_tokenizer, replacements_of
+from halfbyte.huggingface import add_lora, describe_replacements, load_model, prepare_tokenizer, replacements_of
 from halfbyte.optim import OPTIMIZERS, AdamW, check_page_dir, learning_rate_factor
 from halfbyte.plan import Plan
 from halfbyte.recipes.display import Display
@@ -99,7 +99,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
     check_inputs(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = prepare_tokenizer(config.model_name_or_path, None, config.chat_template, config.system_prompt)
     train, held_out = read_data(config, tokenizer, console)
     if config.packing:
         train = pack(train, config.max_length)
@@ -124,7 +124,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
 def dry_run(config: FinetuneConfig, console: Console) -> None:
     """Check everything that a run would, and show the first example: what is learned, and what is only read."""
     check_inputs(config)
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = prepare_tokenizer(config.model_name_or_path, None, config.chat_template, config.system_prompt)
     train, held_out = read_data(config, tokenizer, console)
     make_plan(config, pack(train, config.max_length) if config.packing else train, held_out, console)
     # Where there are no colours, brackets tell the two apart.

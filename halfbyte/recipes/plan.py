@@ -9,7 +9,7 @@ from rich.console import Console
 
 from halfbyte.config import PlanConfig
 from halfbyte.data import Example, lengths_of, pack
-from halfbyte.huggingface import load_tokenizer
+from halfbyte.huggingface import prepare_tokenizer
 from halfbyte.huggingface.miniature import time_pass
 from halfbyte.plan import Advice, Plan, advise, most_tokens, smallest_budget
 from halfbyte.recipes.planning import count_steps, plan_run
@@ -74,7 +74,8 @@ def plan(config: PlanConfig, console: Console, with_time: bool = True) -> PlanRe
     train: Sequence[Example] = []
     held_out: Sequence[Example] = []
     if config.dataset is not None:
-        train, held_out = read_data(config, load_tokenizer(config.model_name_or_path), console)
+        tokenizer = prepare_tokenizer(config.model_name_or_path, None, config.chat_template, config.system_prompt)
+        train, held_out = read_data(config, tokenizer, console)
         if config.packing:
             train = pack(train, config.max_length)
     planned, inventory, family = plan_run(config, train, held_out)

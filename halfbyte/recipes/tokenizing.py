@@ -19,12 +19,18 @@ from halfbyte.data import (
     default_cache_dir,
     encode_or_recall,
     rows_sha256,
+    set_chat_template,
     tokenizer_sha256,
 )
 from halfbyte.data.checks import Inspection, encode_checked
 from halfbyte.errors import HalfbyteError
 from halfbyte.recipes.checking import check_rows, read_good, row_encoder, tell_findings
 from halfbyte.recipes.planning import TrainingConfig
+
+# What else decides an example's tokens and mask.
+_SETTINGS = (
+    "dataset_format", "max_length", "truncation", "train_on_source", "train_on_last_turn", "system_prompt",
+)  # fmt: skip
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to redraw
 
@@ -39,6 +45,7 @@ def read_data(
     """
     sets: list[Sequence[Example]] = []
     training: Inspection | None = None
+    in_alpaca_prompt = False
     for path in (config.dataset, config.eval_dataset):
         if path is None:
             sets.append([])
@@ -52,9 +59,14 @@ def read_data(
             highlight=False,
         )
         tell_findings(inspection, statistics, console)
+        if config.system_prompt is not None and statistics.rows_of_text == statistics.rows:
+            raise HalfbyteError(f"system_prompt is set, and {path} holds texts with no place for it; leave it out.")
+        in_alpaca_prompt |= statistics.rows_in_alpaca_prompt > 0
         if not len(examples):
             raise HalfbyteError(f"{path}: no row is left to learn from")
         sets.append(examples)
+    if in_alpaca_prompt:  # what they were written in is saved with the adapter, and asked with later
+        set_chat_template(tokenizer, "alpaca")
     return sets[0], sets[1]
 
 
@@ -76,7 +88,7 @@ def _tokenize(
             "left_out": [sorted(inspection.bad_sources), config.skip_bad_rows],
             "content": content_sha256(local) if local.exists() else rows_sha256(read()),
             "tokenizer": tokenizer_sha256(tokenizer),
-            "settings": {key: getattr(config, key) for key in ("dataset_format", "max_length", "train_on_source")},
+            "settings": {key: getattr(config, key) for key in _SETTINGS},
         }
 
     directory = Path(config.data_cache_dir) if config.data_cache_dir else default_cache_dir()

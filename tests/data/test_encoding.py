@@ -17,7 +17,7 @@ LONG = "hello there " * 20
 
 def test_an_example_is_int32_and_nothing_predicts_its_first_token(byte_level):
     tokenizer = byte_level(template=None)
-    rows = [Row([], "rows.jsonl:1", Alpaca("hello", "", "four"))]
+    rows = [alpaca_row("hello", "", "four", line=1)]
     (example,), statistics = encode_rows(tokenizer, rows, max_length=500, train_on_source=True)
     assert example.input_ids.dtype == example.labels.dtype == torch.int32
     assert example.labels[0] == IGNORE_INDEX

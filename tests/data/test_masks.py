@@ -204,7 +204,7 @@ def test_the_bos_is_never_doubled(byte_level, sentencepiece, templates, style):
     assert sentencepiece()("hello")["input_ids"][0] == sentencepiece().bos_token_id
 
 
-ADD = Row([], "rows.jsonl:3", Alpaca("What is two?", "", "four"))
+ADD = alpaca_row("What is two?", "", "four", line=3)
 
 
 def test_without_a_chat_template_the_response_and_an_eos_are_learned(byte_level):
@@ -220,7 +220,7 @@ def test_without_a_chat_template_the_response_and_an_eos_are_learned(byte_level)
 
 def test_without_a_chat_template_the_prompt_is_what_generation_sees(sentencepiece):
     tokenizer = sentencepiece()
-    row = Row([], "rows.jsonl:3", Alpaca("Is {this} two?", "👩‍🚀 {0}", "four 👩‍🚀"))
+    row = alpaca_row("Is {this} two?", "👩‍🚀 {0}", "four 👩‍🚀", line=3)
     (((ids, labels),), _) = encode(tokenizer, row)
     prompt = tokenizer(
         "Below is an instruction that describes a task, paired with an input that provides further context. "
