@@ -1,29 +1,17 @@
-"""From JSON objects to rows: every row is a conversation that knows the line it came from.
+"""From data sets to rows, one at a time: of each the format, and of several the mix."""
 
-    alpaca      {"instruction": "...", "input": "... or absent", "output": "..."}
-    messages    {"messages": [{"role": "system" | "user" | "assistant", "content": "..."}, ...]}
-
-A row that cannot be trained on as it stands stops the reading with the file and the line: one bad row in
-fifty thousand is found here, before a model is loaded, and not as a strange loss later. Other columns (an id,
-a source, a topic) are left alone, except those that change what is learned: a row with `tools` or `history`
-in it is refused, because reading it without them would teach something else.
-"""
-
-import re
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from halfbyte.data.files import read_records
-from halfbyte.data.rows import Alpaca, Row, Source
+from halfbyte.data.fields import kind
+from halfbyte.data.formats import FORMATS, detect_format, read_record
+from halfbyte.data.records import Record
+from halfbyte.data.rows import Row, Source
+from halfbyte.data.sources import open_source
 from halfbyte.errors import HalfbyteError
 
-FORMATS = ("alpaca", "messages")
-ROLES = ("system", "user", "assistant")
-
-# Columns that other trainers act on. Present and not empty, they cannot be passed over in silence.
-_UNREAD_COLUMNS = ("tools", "functions", "documents", "history", "system")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+OnBadRow = Callable[[HalfbyteError], None]
 
 
 def read_rows(
@@ -32,96 +20,102 @@ def read_rows(
     *,
     columns: Mapping[str, str] | None = None,
     split: str | None = None,
-    on_bad_row: Callable[[HalfbyteError], None] | None = None,
+    on_bad_row: OnBadRow | None = None,
 ) -> Iterator[Row]:
-    """The rows of a file, a directory or a hub id, one at a time."""
+    """The rows of a file, a directory or a hub id, in their order; a row is read when it is asked for.
+
+    `dataset_format` is a name of `FORMATS`, or "auto", which goes by the keys of the first row. `columns` says where
+    the format's keys go by other names in the data. `split` is "train", "test", "train[:5000]" or "[10%:20%]".
+
+    Raises HalfbyteError, at the call for a source that is not there, while reading for what cannot be read, with the
+    file and the line. A row that alone is wrong goes to `on_bad_row` where that is given, and reading goes on.
+    """
     return read_sources([Source(str(path), None, split, dataset_format, columns)], on_bad_row=on_bad_row)
 
 
-def read_sources(
-    sources: Sequence[Source], *, on_bad_row: Callable[[HalfbyteError], None] | None = None
-) -> Iterator[Row]:
-    """The rows of several data sets: one after the other, or mixed where they have weights."""
+def read_sources(sources: Sequence[Source], *, on_bad_row: OnBadRow | None = None) -> Iterator[Row]:
+    """The rows of several data sets: one set after the other, or mixed where they have weights.
+
+    Of sets with weights 3 and 1 every four rows that follow one another hold three of the first and one of the second.
+    The mix ends when every set has been read to its end; one that ends before begins again, so no row is left out, and
+    those of a small set with a large weight come several times.
+
+    Raises HalfbyteError as read_rows does, and where only some of the sets have a weight.
+    """
+    if not sources:
+        raise HalfbyteError("dataset is an empty list: there is nothing to learn")
     for source in sources:
-        dataset_format = source.dataset_format
-        for record, where in read_records(Path(source.path)):
+        if source.dataset_format not in ("auto", *FORMATS):
+            raise HalfbyteError(
+                f"dataset_format '{source.dataset_format}' is not known: use auto, {', '.join(FORMATS)}"
+            )
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights and len(weights) < len(sources):
+        raise HalfbyteError(f"{len(weights)} of {len(sources)} data sets have a weight: give one to all or to none")
+    if not all(weight > 0 and math.isfinite(weight) for weight in weights):
+        raise HalfbyteError(f"the weights of data sets are {weights}: each must be a number above 0")
+    readers = [_reader(source, on_bad_row) for source in sources]
+    return _mixed(readers, weights) if weights else (row for reader in readers for row in reader(True))
+
+
+_Reader = Callable[[bool], Iterator[Row]]  # of whether bad rows are to be told: they are, the first time
+
+
+def _reader(source: Source, on_bad_row: OnBadRow | None) -> _Reader:
+    open_records = open_source(source)
+
+    def silent(_: HalfbyteError) -> None:
+        pass
+
+    def read(tell: bool) -> Iterator[Row]:
+        return _rows(open_records(), source, on_bad_row if tell or on_bad_row is None else silent)
+
+    return read
+
+
+def _rows(records: Iterator[Record], source: Source, on_bad_row: OnBadRow | None) -> Iterator[Row]:
+    dataset_format = source.dataset_format
+    found = read = 0
+    for record in records:
+        found += 1
+        try:
+            if record.error is not None:
+                raise record.error
+            if not isinstance(record.value, dict):
+                raise HalfbyteError(
+                    f"{record.source}: a row must be an object with named keys, this is {kind(record.value)}"
+                )
             if dataset_format == "auto":
-                dataset_format = _detect_format(record, where)
-            yield _alpaca_row(record, where) if dataset_format == "alpaca" else _messages_row(record, where)
+                dataset_format = detect_format(record.value, record.source)
+            row = read_record(record.value, record.source, dataset_format)
+        except HalfbyteError as error:
+            if on_bad_row is None:
+                raise
+            on_bad_row(error)
+            continue
+        read += 1
+        yield row
+    if not read:
+        where = f"{source.path} {source.split}" if source.split else source.path
+        what = f"none of its {found:,} rows can be read" if found else "there are no rows in it"
+        raise HalfbyteError(f"{where}: {what}, so there is nothing to learn")
 
 
-def _detect_format(record: dict[str, Any], source: str) -> str:
-    found = [name for name, key in (("alpaca", "instruction"), ("messages", "messages")) if key in record]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise HalfbyteError(f"{source}: has both 'instruction' and 'messages': say which to use with dataset_format")
-    keys = ", ".join(sorted(repr(key) for key in record))[:200] or "none"
-    raise HalfbyteError(
-        f"{source}: the format cannot be told from the keys ({keys}): "
-        "a row needs 'messages', or 'instruction' and 'output'"
-    )
-
-
-def _alpaca_row(record: dict[str, Any], source: str) -> Row:
-    instruction = _text(record, "instruction", source)
-    output = _text(record, "output", source)
-    context = "" if record.get("input") is None else _text(record, "input", source)
-    for key, value in (("instruction", instruction), ("output", output)):
-        if not value.strip():
-            raise HalfbyteError(f"{source}: '{key}' is empty: fill it or remove the row")
-    if not context.strip():
-        context = ""
-    messages = [
-        {"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction},
-        {"role": "assistant", "content": output},
-    ]
-    return Row(messages, source, Alpaca(instruction, context, output))
-
-
-def _messages_row(record: dict[str, Any], source: str) -> Row:
-    if "messages" not in record:
-        raise HalfbyteError(f"{source}: the key 'messages' is missing")
-    turns = record["messages"]
-    if not isinstance(turns, list):
-        raise HalfbyteError(f"{source}: 'messages' must be a list, this is {_kind(turns)}")
-    messages = [_message(turn, f"{source}: messages[{index}]") for index, turn in enumerate(turns)]
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise HalfbyteError(f"{source}: there is no assistant turn, so nothing to learn: add one or remove the row")
-    if roles[0] == "assistant":
-        raise HalfbyteError(f"{source}: the first message is an assistant turn: put what it answers before it")
-    return Row(messages, source)
-
-
-def _message(turn: Any, where: str) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise HalfbyteError(f"{where} must be an object with 'role' and 'content', this is {_kind(turn)}")
-    role, content = _text(turn, "role", where), _text(turn, "content", where)
-    if role not in ROLES:
-        raise HalfbyteError(f"{where}: the role '{role[:40]}' is not known: use {', '.join(ROLES)}")
-    extra = sorted(key for key, value in turn.items() if key not in ("role", "content") and value is not None)
-    if extra:  # tool_calls, weight, thinking, ...: each would change what is learned
-        raise HalfbyteError(f"{where}: '{extra[0][:40]}' is not something this version trains on: remove it")
-    if role == "assistant" and not content.strip():
-        raise HalfbyteError(f"{where}: the assistant turn is empty: fill it or remove the row")
-    return {"role": role, "content": content}
-
-
-def _text(record: dict[str, Any], key: str, where: str) -> str:
-    if key not in record:
-        raise HalfbyteError(f"{where}: the key '{key}' is missing")
-    value = record[key]
-    if not isinstance(value, str):
-        raise HalfbyteError(f"{where}: '{key}' must be text, this is {_kind(value)}")
-    if _SURROGATE.search(value):
-        raise HalfbyteError(f"{where}: '{key}' holds half of a surrogate pair, which no tokenizer can read: remove it")
-    return value
-
-
-def _kind(value: Any) -> str:
-    """A JSON value in a reader's words."""
-    if value is None:
-        return "null"
-    names = {bool: "true or false", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
+def _mixed(readers: Sequence[_Reader], weights: Sequence[float]) -> Iterator[Row]:
+    streams = [reader(True) for reader in readers]
+    waiting = [next(stream) for stream in streams]  # the next row of each; an empty set is an error of its own
+    taken = [0] * len(streams)
+    read_once = [False] * len(streams)
+    while not all(read_once):
+        # Whose turn would come first if each took its turns at a speed of its weight.
+        index = min(range(len(streams)), key=lambda i: (taken[i] + 1) / weights[i])
+        taken[index] += 1
+        row, following = waiting[index], next(streams[index], None)
+        if following is None:
+            read_once[index] = True
+            if not all(read_once):
+                streams[index] = readers[index](False)
+                following = next(streams[index])
+        if following is not None:
+            waiting[index] = following
+        yield row

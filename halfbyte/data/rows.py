@@ -1,4 +1,4 @@
-"""What a row is, whatever file it comes from: a conversation, a text laid out by its author, or both readings of one."""
+"""What a row is, whatever file it comes from: a conversation, a text laid out by its author, or both."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class Row:
     "arguments"}}`, the arguments an object), `name`, `tool_call_id` and `reasoning_content`. It has at least one
     assistant turn, never the first; [] where the row has no reading as a conversation.
 
-    `source` is "file:line"; of a `.json` list "file:line (row n)"; of Parquet, Arrow and hub data "file (row n)", n from
-    1.
+    `source` is "file:line"; of a `.json` list "file:line (row n)"; of Parquet, Arrow and hub data "file (row n)", n
+    from 1.
 
     `alpaca` holds the fields of an Alpaca row as they were written, for the Alpaca templates.
 
