@@ -4,6 +4,7 @@
 the file and line (or the flag), the key, the value that was found and what is allowed.
 """
 
+from halfbyte.config.datasets import DatasetEntry
 from halfbyte.config.keys import (
     Config,
     DataConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "Config",
     "ConfigT",
     "DataConfig",
+    "DatasetEntry",
     "EvaluateConfig",
     "FinetuneConfig",
     "GenerateConfig",

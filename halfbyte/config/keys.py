@@ -10,9 +10,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from halfbyte.config.datasets import Columns, DatasetFormat, DatasetPaths
 from halfbyte.config.values import (
     BlockSize,
-    DataPath,
     MaxSteps,
     MemorySize,
     ModelName,
@@ -61,10 +61,12 @@ class ModelKeys(Config):
 class DataKeys(Config):
     """Data"""
 
-    dataset: DataPath = Field(description="The rows to learn from or to look at: .jsonl or .json.")
-    dataset_format: Literal["auto", "alpaca", "messages"] = Field(
-        "auto", description="What a row looks like; auto looks at the first row."
+    dataset: DatasetPaths = Field(description="The rows to learn from or to look at; several are mixed by weight.")
+    dataset_format: DatasetFormat = Field("auto", description="What a row looks like; auto looks at the first row.")
+    dataset_split: Text | None = Field(
+        None, description="Which split of dataset, or which part: train, train[:5000], test[10%:20%]."
     )
+    columns: Columns | None = Field(None, description="Where the keys of the format go by other names in the data.")
     chat_template: Text | None = Field(
         None, description="How a conversation is written: a Jinja file or one of ours; by default the model's own."
     )
@@ -126,7 +128,8 @@ class CheckKeys(Config):
 class HeldOutKeys(Config):
     """Held-out rows"""
 
-    eval_dataset: DataPath | None = Field(None, description="Rows to measure the loss on, at the end at least.")
+    eval_dataset: DatasetPaths | None = Field(None, description="Rows to measure the loss on, at the end at least.")
+    eval_dataset_split: Text | None = Field(None, description="Which split of eval_dataset, or which part.")
     eval_steps: int | None = Field(None, ge=1, description="Steps between two such measurements.")
     per_device_eval_batch_size: int = Field(8, ge=1, description="Rows in one forward pass.")
 
@@ -181,7 +184,7 @@ class RunKeys(Config):
 class PlannedDataKeys(DataKeys):
     """Data"""
 
-    dataset: DataPath | None = Field(  # type: ignore[assignment]
+    dataset: DatasetPaths | None = Field(  # type: ignore[assignment]
         None, description="The rows to learn from, which tell how many steps there are."
     )
 
@@ -282,6 +285,11 @@ def _check_training_keys(config: "FinetuneConfig | PlanConfig | DataConfig") -> 
             config.max_steps < 0 or epochs == ScheduleKeys.model_fields["num_train_epochs"].default,
             f"max_steps ({config.max_steps}) and num_train_epochs ({epochs:g}) both say how long to train: "
             "leave one of them out",
+        ),
+        (
+            "eval_dataset_split",
+            config.eval_dataset_split is None or config.eval_dataset is not None,
+            "eval_dataset_split is set but eval_dataset is not, so there is nothing to take that part of",
         ),
         (
             "eval_steps",

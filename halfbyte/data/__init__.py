@@ -13,6 +13,7 @@ from halfbyte.data.examples import IGNORE_INDEX, Example, LazyExamples, fingerpr
 from halfbyte.data.packing import PackedExamples, best_fit, pack
 from halfbyte.data.reading import read_rows, read_sources
 from halfbyte.data.rows import Alpaca, Piece, Row, Source
+from halfbyte.data.sources import is_local, source_files
 from halfbyte.data.templates import NAMED_TEMPLATES, Tokenizer, render_chat, set_chat_template
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "encode_rows",
     "epoch_order",
     "fingerprint",
+    "is_local",
     "lengths_of",
     "pack",
     "padded_share",
@@ -48,6 +50,7 @@ __all__ = [
     "render_chat",
     "rows_sha256",
     "set_chat_template",
+    "source_files",
     "tokenizer_sha256",
     "training_steps",
 ]

@@ -89,8 +89,8 @@ def is_local(path: str) -> bool:
     try:
         if Path(path).exists():
             return True
-    except (OSError, ValueError) as error:  # a name that no file can have
-        raise HalfbyteError(f"{path!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:  # a name that no file can have, a directory that may not be looked into
+        raise HalfbyteError(f"{path}: cannot be read: {error.strerror}") from None
     if is_hub_id(path):
         return False
     raise HalfbyteError(f"{path}: there is no such file or directory")

@@ -8,12 +8,13 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.config import DataConfig, FinetuneConfig, PlanConfig
-from halfbyte.data import Encoder, EncodingStatistics, Example, Row, read_rows
+from halfbyte.data import Encoder, EncodingStatistics, Example, Row, Source, read_sources
 from halfbyte.data.checks import Inspection, find_control_tokens
 from halfbyte.data.duplicates import RowIndex
 from halfbyte.data.findings import KINDS
 from halfbyte.data.masks import special_tokens
 from halfbyte.errors import HalfbyteError
+from halfbyte.recipes.data_sources import describe_sources
 
 ConfigWithData = FinetuneConfig | PlanConfig | DataConfig
 
@@ -49,14 +50,14 @@ def row_encoder(
 
 
 def new_inspection(
-    name: str,
+    sources: list[Source],
     tokenizer: PreTrainedTokenizerBase,
     skip_bad_rows: int | None,
     training: Inspection | None,  # of the training set, where this one is held out
     near: bool,
 ) -> Inspection:
     return Inspection(
-        name,
+        describe_sources(sources),
         find_control_tokens(special_tokens(tokenizer)),
         tokenizer.bos_token_id,
         skip_bad_rows,
@@ -65,13 +66,13 @@ def new_inspection(
     )
 
 
-def read_checked(inspection: Inspection, config: ConfigWithData) -> Iterator[Row]:
+def read_checked(inspection: Inspection, sources: list[Source]) -> Iterator[Row]:
     """The rows of the set, as they pass the checks."""
-    return inspection.checked(read_rows(inspection.name, config.dataset_format, on_bad_row=inspection.refuse))
+    return inspection.checked(read_sources(sources, on_bad_row=inspection.refuse))
 
 
 def check_rows(
-    path: str,
+    sources: list[Source],
     config: FinetuneConfig | PlanConfig,
     tokenizer: PreTrainedTokenizerBase,
     training: Inspection | None,
@@ -82,16 +83,16 @@ def check_rows(
     Raises:
         HalfbyteError: more rows than `skip_bad_rows` would spoil the run.
     """
-    inspection = new_inspection(path, tokenizer, config.skip_bad_rows, training, near=False)
-    for _ in with_progress(read_checked(inspection, config), path, console):
+    inspection = new_inspection(sources, tokenizer, config.skip_bad_rows, training, near=False)
+    for _ in with_progress(read_checked(inspection, sources), inspection.name, console):
         pass
     inspection.close()
     return inspection
 
 
-def read_good(inspection: Inspection, config: FinetuneConfig | PlanConfig) -> Iterator[Row]:
+def read_good(inspection: Inspection, sources: list[Source]) -> Iterator[Row]:
     """The rows that `check_rows` found nothing against that would spoil the run, read once more."""
-    rows = read_rows(inspection.name, config.dataset_format, on_bad_row=lambda _: None)
+    rows = read_sources(sources, on_bad_row=lambda _: None)
     return (row for row in rows if row.source not in inspection.bad_sources)
 
 

@@ -11,6 +11,7 @@ from halfbyte.data.checks import Inspection
 from halfbyte.data.masks import special_tokens
 from halfbyte.huggingface import prepare_tokenizer
 from halfbyte.recipes.checking import new_inspection, read_checked, row_encoder, with_progress
+from halfbyte.recipes.data_sources import held_out_sources, training_sources
 from halfbyte.report.histogram import percentile
 
 
@@ -65,13 +66,14 @@ def examine_data(config: DataConfig, console: Console, shown: int = 3, findings_
     encode = row_encoder(config, tokenizer)
     inspections: dict[str, Inspection] = {}
     first: list[ShownExample] = []
-    for name, path in (("training", config.dataset), ("held out", config.eval_dataset)):
-        if path is None:
+    for name, sources in (("training", training_sources(config)), ("held out", held_out_sources(config))):
+        if not sources:
             continue
-        inspection = new_inspection(path, tokenizer, None, inspections.get("training"), near=True)
+        inspection = new_inspection(sources, tokenizer, None, inspections.get("training"), near=True)
         inspection.findings.kept_of_a_kind = findings_shown
         inspections[name] = inspection
-        for example in with_progress(inspection.encoded(read_checked(inspection, config), encode), path, console):
+        examples = inspection.encoded(read_checked(inspection, sources), encode)
+        for example in with_progress(examples, inspection.name, console):
             if len(first) < shown and name == "training":
                 pieces = preview(tokenizer, example)
                 first.append(ShownExample(example.source, len(example.input_ids), example.supervised_tokens, pieces))

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.checkpoint.files import write_json
 from halfbyte.checkpoint.output import check_writable
 from halfbyte.config import EvaluateConfig
-from halfbyte.data import Row, encode_prompt, encode_rows, read_rows
+from halfbyte.data import Row, encode_prompt, encode_rows, read_sources
 from halfbyte.huggingface import load_model, prepare_tokenizer
 from halfbyte.huggingface.generate import generate_texts
 from halfbyte.huggingface.peft import load_adapter, read_adapter_config
+from halfbyte.recipes.data_sources import training_sources
 from halfbyte.recipes.training import evaluate_loss, evaluation_batches
 
 
@@ -57,7 +59,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Evaluati
     if config.output is not None:
         check_writable(Path(config.output), "output")
     tokenizer = prepare_tokenizer(config.model_name_or_path, config.adapter, config.chat_template, config.system_prompt)
-    rows = list(read_rows(config.dataset, config.dataset_format))[: config.limit]
+    rows = list(islice(read_sources(training_sources(config)), config.limit))
     examples, _ = encode_rows(tokenizer, rows, config.max_length, truncation=config.truncation)
     model, _ = load_model(
         config.model_name_or_path,

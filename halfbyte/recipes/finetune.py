@@ -31,6 +31,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import add_lora, describe_replacements, load_model, prepare_tokenizer, replacements_of
 from halfbyte.optim import OPTIMIZERS, AdamW, check_page_dir, learning_rate_factor
 from halfbyte.plan import Plan
+from halfbyte.recipes.data_sources import held_out_sources, training_sources
 from halfbyte.recipes.display import Display
 from halfbyte.recipes.interrupt import heard_at_step_end
 from halfbyte.recipes.memory import plan_memory
@@ -53,10 +54,13 @@ from halfbyte.report.masked import masked_text
 _FREE_TO_CHANGE = {
     "model_name_or_path",
     "dataset",
+    "dataset_split",
+    "columns",
     "output_dir",
     "overwrite_output_dir",
     "resume_from_checkpoint",
     "eval_dataset",
+    "eval_dataset_split",
     "eval_steps",
     "per_device_eval_batch_size",
     "skip_bad_rows",
@@ -163,9 +167,13 @@ def check_inputs(config: FinetuneConfig) -> None:
         # The checkpoint of another run may be gone on from in a new directory.
         resume = _is_within(checkpoint, output_dir)
     check_output_dir(output_dir, resume=resume, overwrite=config.overwrite_output_dir)
-    for key in ("model_name_or_path", "dataset", "eval_dataset") if config.overwrite_output_dir else ():
-        path = getattr(config, key)
-        if path is not None and _is_within(Path(path), output_dir):
+    read = {
+        "model_name_or_path": [config.model_name_or_path],
+        "dataset": [source.path for source in training_sources(config)],
+        "eval_dataset": [source.path for source in held_out_sources(config)],
+    }
+    for key, path in [(key, path) for key, paths in read.items() for path in paths if config.overwrite_output_dir]:
+        if _is_within(Path(path), output_dir):
             raise HalfbyteError(f"{key} {path} is in output_dir, which overwrite_output_dir would remove; move it.")
     if config.page_dir is not None:
         check_page_dir(Path(config.page_dir))

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,21 +16,25 @@ from halfbyte.data import (
     EncodingStatistics,
     Example,
     Row,
+    Source,
     content_sha256,
     default_cache_dir,
     encode_or_recall,
+    is_local,
     rows_sha256,
     set_chat_template,
+    source_files,
     tokenizer_sha256,
 )
 from halfbyte.data.checks import Inspection, encode_checked
 from halfbyte.errors import HalfbyteError
 from halfbyte.recipes.checking import check_rows, read_good, row_encoder, tell_findings
+from halfbyte.recipes.data_sources import held_out_sources, training_sources
 from halfbyte.recipes.planning import TrainingConfig
 
 # What else decides an example's tokens and mask.
 _SETTINGS = (
-    "dataset_format", "max_length", "truncation", "train_on_source", "train_on_last_turn", "system_prompt",
+    "max_length", "truncation", "train_on_source", "train_on_last_turn", "system_prompt",
 )  # fmt: skip
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to redraw
@@ -46,24 +51,25 @@ def read_data(
     sets: list[Sequence[Example]] = []
     training: Inspection | None = None
     in_alpaca_prompt = False
-    for path in (config.dataset, config.eval_dataset):
-        if path is None:
+    for sources in (training_sources(config), held_out_sources(config)):
+        if not sources:
             sets.append([])
             continue
-        inspection = check_rows(path, config, tokenizer, training, console)
-        training = training or inspection
-        examples, statistics = _tokenize(inspection, config, tokenizer, console)
+        inspection = check_rows(sources, config, tokenizer, training, console)
+        training, name = training or inspection, inspection.name
+        examples, statistics = _tokenize(inspection, sources, config, tokenizer, console)
         console.print(
-            f"{path}: {statistics.rows:,} rows, {statistics.tokens:,} tokens,"
+            f"{name}: {statistics.rows:,} rows, {statistics.tokens:,} tokens,"
             f" {statistics.supervised_tokens:,} of them learned; the longest has {statistics.longest}",
             highlight=False,
         )
         tell_findings(inspection, statistics, console)
         if config.system_prompt is not None and statistics.rows_of_text == statistics.rows:
-            raise HalfbyteError(f"system_prompt is set, and {path} holds texts with no place for it; leave it out.")
+            raise HalfbyteError(f"system_prompt is set, and {name} holds texts with no place for it; leave it out.")
         in_alpaca_prompt |= statistics.rows_in_alpaca_prompt > 0
         if not len(examples):
-            raise HalfbyteError(f"{path}: no row is left to learn from")
+            why = f": all have more than max_length ({config.max_length}) tokens" if statistics.dropped else ""
+            raise HalfbyteError(f"{name}: no row is left to learn from{why}")
         sets.append(examples)
     if in_alpaca_prompt:  # what they were written in is saved with the adapter, and asked with later
         set_chat_template(tokenizer, "alpaca")
@@ -71,22 +77,27 @@ def read_data(
 
 
 def _tokenize(
-    inspection: Inspection, config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+    inspection: Inspection,
+    sources: list[Source],
+    config: TrainingConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
 ) -> tuple[Sequence[Example], EncodingStatistics]:
     encode_row = row_encoder(config, tokenizer)
 
     def read() -> Iterator[Row]:
-        return read_good(inspection, config)
+        return read_good(inspection, sources)
 
     def encode(rows: Sequence[Row]) -> tuple[list[Example], EncodingStatistics]:
         return encode_checked(rows, encode_row, tokenizer.bos_token_id, config.skip_bad_rows)
 
     def made_from() -> dict[str, Any]:
-        local = Path(inspection.name)
+        local = all(is_local(source.path) for source in sources)
+        files = [file for source in sources for file in source_files(source)] if local else []
         return {
-            "data": inspection.name,  # as it was typed, for that is how the examples name their lines
+            "data": [asdict(source) for source in sources],  # as typed: so the examples name their lines
             "left_out": [sorted(inspection.bad_sources), config.skip_bad_rows],
-            "content": content_sha256(local) if local.exists() else rows_sha256(read()),
+            "content": [content_sha256(file) for file in files] if local else rows_sha256(read()),
             "tokenizer": tokenizer_sha256(tokenizer),
             "settings": {key: getattr(config, key) for key in _SETTINGS},
         }

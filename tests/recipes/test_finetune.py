@@ -96,7 +96,7 @@ def test_files(undisturbed: Undisturbed, rows: Path, model: Path) -> None:
     assert FinetuneConfig.model_validate(told["config"]).to_dict() == told["config"]
     assert {"python", "halfbyte", "torch", "transformers", "peft"} <= told["versions"].keys()
     assert told["base_model"] == {"name_or_path": str(model), "weights_sha256": undisturbed.result.base_sha256}
-    assert told["data"] == {"dataset": {"path": str(rows), "sha256": file_sha256(rows)}}
+    assert told["data"] == {"dataset": [{"path": str(rows), "split": None, "sha256": {str(rows): file_sha256(rows)}}]}
     assert told["result"]["steps"] == 8
     assert not any(path.suffix in (".bin", ".pt", ".pkl") for path in undisturbed.directory.rglob("*"))
 
