@@ -1,9 +1,9 @@
 """Rows that are there before, word for word or nearly, in some 100 bytes a row.
 
 Word for word is a 64-bit hash. Nearly is MinHash (Broder 1997, "On the resemblance and containment of documents"): of
-all pieces of five bytes that a text has, 64 random orders each name the first. Two texts agree in as many of the 64
+all pieces of eight bytes that a text has, 64 random orders each name the first. Two texts agree in as many of the 64
 as their sets of pieces overlap (Jaccard). One byte is kept of each. Only rows that agree in some four neighbouring
-bytes (a band) are compared at all, which those of an overlap of 0.8 do but for one pair in four thousand.
+bytes (a band) are compared at all, which those of an overlap of 0.75 do but for one pair in four hundred.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ import numpy.typing as npt
 from halfbyte.data.rows import Row
 
 SIGNATURE_BYTES = 64
-NEAR = 52  # of 64: an overlap of 0.81, so about nine tenths of each text
-_PIECE_BYTES = 5
+NEAR = 48  # of 64: an overlap of 0.75, so six sevenths of each text
+_PIECE_BYTES = 8
 _PIECES_AT_ONCE = 2048  # half a megabyte of products, which a cache holds
 _TEXT_BYTES = 1 << 16  # of a longer text the beginning is compared
 

@@ -54,7 +54,7 @@ KINDS = {
     ),
     "duplicate": Kind("rows that are there before", False, "a row that occurs twice is learned twice"),
     "near_duplicate": Kind(
-        "rows that are there before, nearly", False, "some nine tenths of the text are another row's, to the letter"
+        "rows that are there before, nearly", False, "most of the text is another row's, letter for letter"
     ),
     "other_answer": Kind(
         "questions that are there before, with another answer", False, "the model learns a bit of either"
@@ -108,7 +108,7 @@ class Finding(NamedTuple):
     @property
     def has_place(self) -> bool:
         """Whether it is known where in the file it is."""
-        return re.search(r":\d+$|\(row \d+\)$", self.source) is not None
+        return re.search(f"(?:{_PLACE})$", self.source) is not None
 
     def __str__(self) -> str:
         return f"{self.source}: {self.detail}"
@@ -119,11 +119,12 @@ class Finding(NamedTuple):
 _WORDS = {
     "template_refuses": r"chat template",
     "unreadable": r"JSON|UTF-8|cut off|more text|text after the end|occurs twice|surrogate",
-    "empty_answer": r" is empty",
     "nothing_learned": r"mask is empty|nothing to learn",
+    "empty_answer": r" is empty",
     "wrong_roles": r"the role|first message",
 }
-_SOURCE = re.compile(r"^(?P<source>.+?(?::\d+)?(?: \(row \d+\))?): (?P<detail>.*)$", re.DOTALL)
+_PLACE = r":\d+(?: \(row \d+\))?| \(row \d+\)"  # what a source ends with
+_SOURCE = re.compile(rf"^(?P<source>.+?(?:{_PLACE})): (?P<detail>.*)$", re.DOTALL)
 
 
 def finding_of(error: HalfbyteError) -> Finding:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halfbyte.data import IGNORE_INDEX, Alpaca, Example, Row, encode_rows, fingerprint
+from halfbyte.data import IGNORE_INDEX, Example, Row, encode_rows, fingerprint
 from halfbyte.errors import HalfbyteError
 
 

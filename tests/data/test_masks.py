@@ -7,7 +7,7 @@ the tokens of the pieces in a row are the tokens of the text.
 
 import pytest
 
-from halfbyte.data import IGNORE_INDEX, Alpaca, Row, encode_rows, preview
+from halfbyte.data import IGNORE_INDEX, Row, encode_rows, preview
 from halfbyte.errors import HalfbyteError
 
 LEARNED, GIVEN = True, False
