@@ -32,7 +32,7 @@ from halfbyte.data.examples import Example
 from halfbyte.data.rows import Row
 from halfbyte.data.templates import Tokenizer
 from halfbyte.data.token_store import ChunkRecord, StoredExamples, StoreWriter, read_chunks
-from halfbyte.data.workers import Encode, encode_in_chunks
+from halfbyte.data.workers import Encode, ProcessEndedError, encode_in_chunks
 from halfbyte.errors import HalfbyteError
 
 IN_MEMORY_ROWS = 4096
@@ -144,6 +144,8 @@ def _write(
             done += chunk.rows
             on_rows(done)
         writer.sync()
+    except ProcessEndedError:
+        raise
     except HalfbyteError:
         # The data or the settings are at fault: what mends them makes another key, and nobody would come back here.
         shutil.rmtree(aside, ignore_errors=True)

@@ -32,6 +32,11 @@ from halfbyte.errors import HalfbyteError
 
 Encode = Callable[[Sequence[Row]], tuple[list[Example], EncodingStatistics]]
 
+
+class ProcessEndedError(HalfbyteError):
+    """A process was ended from outside; no row is at fault, and what was done before stays."""
+
+
 CHUNK_ROWS = 512
 MOST_PROCESSES = 16  # one process reads for all; beyond about so many, the others would wait for it
 
@@ -46,7 +51,7 @@ def encode_in_chunks(rows: Iterable[Row], encode: Encode, processes: int) -> Ite
 
     Raises:
         HalfbyteError: of the first row that `encode` refuses, once all chunks before it were given; or a process
-            was ended from outside.
+            was ended from outside, which is a ProcessEndedError.
     """
     chunks = _batched(iter(rows), CHUNK_ROWS)
     if processes <= 1 or not can_fork():
@@ -81,7 +86,7 @@ def _encode_in_processes(chunks: Iterator[list[Row]], encode: Encode, processes:
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise HalfbyteError(
+        raise ProcessEndedError(
             "a process that tokenized was ended from outside, most likely for want of memory: run it again, and it goes"
             " on from there; with threads: 1 it takes the least."
         ) from None
