@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from chat_layouts import alpaca_row
 
 from halfbyte.data import IGNORE_INDEX, Example, Row, encode_rows, fingerprint
 from halfbyte.errors import HalfbyteError

@@ -6,6 +6,7 @@ the tokens of the pieces in a row are the tokens of the text.
 """
 
 import pytest
+from chat_layouts import alpaca_row
 
 from halfbyte.data import IGNORE_INDEX, Row, encode_rows, preview
 from halfbyte.errors import HalfbyteError
