@@ -21,11 +21,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.gguf import read_gguf_tensors
+from halfbyte.huggingface.lent import Lender
 from halfbyte.huggingface.mapped import MappedFile, freeze_mapped, map_safetensors
 from halfbyte.huggingface.patch import accelerate_model
 from halfbyte.huggingface.prefetch import prefetch_layers
 from halfbyte.huggingface.quantizer import QUANT_METHOD, QuantizationConfig, first_conversion_error
-from halfbyte.huggingface.source import Source, locate, read_config, read_safetensors, reason
+from halfbyte.huggingface.safetensors_files import read_safetensors
+from halfbyte.huggingface.source import Source, locate, read_config, reason
 from halfbyte.nn import Linear4bit
 
 _EVERY_MODULE = ".*"  # to skip, where nothing is to be quantized
@@ -70,6 +72,7 @@ def load_model(
         quantization = QuantizationConfig(quant_type, block_size, double_quant, compute_dtype)
     saved = getattr(config, "quantization_config", None)
     files: list[MappedFile] = []
+    lender = None
     if source.gguf_file:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         tensors, conversions = read_gguf_tensors(source.gguf_file, config, model_class, compute_dtype)
@@ -79,6 +82,9 @@ def load_model(
             quantization.conversions = conversions
     elif saved is not None and mapped and torch.device(device).type == "cpu":
         tensors, files = map_safetensors(source.directory)
+    elif saved is None and quantization is not None:
+        lender = Lender(source.directory)
+        tensors = lender.tensors
     else:
         tensors = read_safetensors(source.directory)
     if saved is not None:
@@ -90,6 +96,8 @@ def load_model(
         config.quantization_config = {"quant_method": QUANT_METHOD, **vars(read)}
         quantization = None
     model = _build(source, config, tensors, quantization, compute_dtype, device)
+    if lender is not None:
+        lender.settle(model)
     if files:
         freeze_mapped(model, files)
         prefetch_layers(model, files)

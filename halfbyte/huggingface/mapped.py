@@ -9,18 +9,16 @@ is short the system takes pages away, which costs nothing since they are clean, 
 The pages are read-only, so that no mistake can reach the file: what writes to them ends the process with SIGSEGV. Norms
 and biases, which some fine-tuning trains in place, are read for that reason, and what is mapped requires no gradient.
 
-While weights are being *quantized* nothing is mapped (source.py): pages of the 16-bit file would count as this
-process's memory, and none of them is needed twice.
+While weights are being *quantized* their files are mapped for that time alone (lent.py): pages of a 16-bit file
+count as this process's memory, and none of them is needed twice.
 """
 
-import json
 import mmap
 import os
-import warnings
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.huggingface.source import read_safetensors, safetensors_files
+from halfbyte.huggingface.safetensors_files import Place, large_places, read_safetensors, safetensors_files
 
-_SMALL_BYTES = 1 << 14
 # One request reads no more than the device's largest, or than its window for reading ahead, whatever it asks for.
 _REQUEST_BYTES = 1 << 19
+_MADV_POPULATE_READ = 22  # Linux, asm-generic/mman-common.h; Python has no name for it
 _RECORD = "halfbyte_mapped_bytes"
-_DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def map_safetensors(directory: Path) -> "tuple[dict[str, Any], list[MappedFile]]":
@@ -46,7 +43,7 @@ def map_safetensors(directory: Path) -> "tuple[dict[str, Any], list[MappedFile]]
     tensors = read_safetensors(directory)
     files = [MappedFile(path) for path in safetensors_files(directory)]
     for file in files:
-        tensors.update(file.tensors())
+        tensors.update(file.tensors)
     return tensors, files
 
 
@@ -67,20 +64,8 @@ class MappedFile:
             self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise HalfbyteError(f"{path} cannot be mapped into memory ({error}); copy it to a local disk.") from error
-        self._address = self._carve(torch.uint8, [1], 0).data_ptr()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is mapped, by name."""
-        mapped = {}
-        start = 8 + int.from_bytes(self._map[:8], "little")
-        for name, entry in json.loads(self._map[8:start]).items():
-            if name == "__metadata__" or entry["dtype"] not in _DTYPES:
-                continue
-            dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            is_matrix = len(shape) > 1 or name.endswith(".absmax")
-            if is_matrix and end - begin >= _SMALL_BYTES and (start + begin) % dtype.itemsize == 0:
-                mapped[name] = self._carve(dtype, shape, start + begin)
-        return mapped
+        self.tensors = {name: place.carve(self._map) for name, place in large_places(path)}
+        self._address = Place(torch.uint8, [1], 0, 1).carve(self._map).data_ptr()
 
     def span_of(self, tensor: Tensor) -> "Span | None":
         """Where the tensor lies in the file; None if it does not."""
@@ -100,16 +85,23 @@ class MappedFile:
         if hasattr(os, "posix_fadvise"):  # macOS has none, and reads ahead by itself alone
             os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
+    def populate(self, tensor: Tensor) -> None:
+        """Have a tensor's pages in memory, all at once instead of a fault for each."""
+        span = self.span_of(tensor)
+        assert span is not None
+        start = span.offset - span.offset % mmap.PAGESIZE
+        with suppress(OSError, ValueError):  # older than Linux 5.14, or not Linux: then a fault for each
+            self._map.madvise(_MADV_POPULATE_READ, start, span.offset + span.nbytes - start)
+
+    def release(self) -> None:
+        """Take the pages from this process, and leave them to the system."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
     def evict(self) -> None:
         """Give the memory back at once, as the system does when it needs it and nobody else maps the file."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        self.release()
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def _carve(self, dtype: torch.dtype, shape: list[int], offset: int) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            return torch.frombuffer(self._map, dtype=dtype, count=prod(shape), offset=offset).view(shape)
 
     def _read_state(self) -> tuple[int, int]:
         stat = os.fstat(self._descriptor)

@@ -228,6 +228,10 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
     def reverse_op(self) -> ConversionOps:
         return Deserialize(self.hf_quantizer)
 
+    def __deepcopy__(self, _: Any) -> "Deserialize":
+        # transformers copies a conversion for every tensor, a thousand in a small model: the quantizer need not be.
+        return self
+
 
 def _empty_layer(
     in_features: int, out_features: int, bias: bool, config: QuantizationConfig, dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""Where a model's files are, what its configuration says, and its tensors, none of them read yet.
+"""Where a model's files are, and what its configuration says.
 
 A model is a local directory with `config.json` and safetensors (one file or shards), a `.gguf` file, or a
 hub id, which becomes a local directory by download. Everything that can be wrong with the files is found
@@ -8,9 +8,7 @@ here, before any model is built.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from halfbyte.errors import HalfbyteError
@@ -104,46 +102,3 @@ def reason(error: BaseException) -> str:
     """The first sentence of another library's error, on one line."""
     words = " ".join(str(error).split())
     return words.split(". ")[0].rstrip(".")[:300] or type(error).__name__
-
-
-def read_safetensors(directory: Path) -> dict[str, Any]:
-    """A directory's tensors by name, each read from disk when it is indexed with `[...]`, and not before.
-
-    Raises:
-        HalfbyteError: a shard is missing or truncated, or the weights are in a format that is not read.
-    """
-    tensors: dict[str, Any] = {}
-    for file in safetensors_files(directory):
-        try:
-            # pread, not a memory map: pages of the file would count as this process's memory. (What is kept as it is
-            # on disk, and not quantized, is mapped: mapped.py.)
-            handle = safe_open(file, framework="pt", backend="pread")
-            names = handle.keys()  # type: ignore[no-untyped-call]
-            tensors.update({name: handle.get_slice(name) for name in names})  # type: ignore[no-untyped-call]
-        except (SafetensorError, OSError) as error:
-            raise HalfbyteError(
-                f"{file} is not a readable safetensors file ({error}); fetch or copy it again."
-            ) from error
-    return tensors
-
-
-def safetensors_files(directory: Path) -> list[Path]:
-    """The files of a directory's tensors.  Raises HalfbyteError where there are none, or one is missing."""
-    index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
-    if index.is_file():
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise HalfbyteError(f"{index} is not a readable index of shards ({error}).") from error
-        for name in names:
-            if not (directory / name).is_file():
-                raise HalfbyteError(f"{index} names the shard {name}, which is missing; fetch it again.")
-        return [directory / name for name in names]
-    if single.is_file():
-        return [single]
-    if list(directory.glob("*.bin")):
-        raise HalfbyteError(
-            f"{directory} holds weights only as pickle (*.bin), which is not read; save them as safetensors."
-        )
-    raise HalfbyteError(f"{directory} holds no model.safetensors and no model.safetensors.index.json.")

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 import halfbyte
 from halfbyte import HalfbyteError, Linear4bit, add_lora
 from halfbyte.huggingface.mapped import MappedFile, map_safetensors, mapped_bytes, spans_of
-from halfbyte.huggingface.source import read_safetensors
+from halfbyte.huggingface.safetensors_files import read_safetensors
 from halfbyte.recipes.quantize import quantize
 from models import save_model
 from runs import adapter_bytes, configure, run, write_rows
