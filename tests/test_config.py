@@ -10,6 +10,7 @@ import pytest
 from halfbyte.cli.flags import default_text
 from halfbyte.config import (
     Config,
+    DataConfig,
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
@@ -25,7 +26,7 @@ from halfbyte.errors import HalfbyteError
 
 REQUIRED = "model_name_or_path: model\ndataset: rows.jsonl\noutput_dir: runs/first\n"  # three lines
 DATA_WORDS = "a file, a directory, a hub id, or a list of {path, weight, split, dataset_format, columns}"
-ALL = [FinetuneConfig, PlanConfig, EvaluateConfig, GenerateConfig, QuantizeConfig]
+ALL = [FinetuneConfig, DataConfig, PlanConfig, EvaluateConfig, GenerateConfig, QuantizeConfig]
 
 
 @pytest.fixture

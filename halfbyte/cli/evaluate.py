@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from halfbyte.cli.flags import config_command
-from halfbyte.cli.terminal import printable
 from halfbyte.config import EvaluateConfig
+from halfbyte.report.terminal import printable
 
 if TYPE_CHECKING:
     from halfbyte.recipes.evaluate import EvaluationResult

@@ -5,7 +5,15 @@ the file and line (or the flag), the key, the value that was found and what is a
 """
 
 from halfbyte.config.datasets import DatasetEntry
-from halfbyte.config.keys import Config, EvaluateConfig, FinetuneConfig, GenerateConfig, PlanConfig, QuantizeConfig
+from halfbyte.config.keys import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    PlanConfig,
+    QuantizeConfig,
+)
 from halfbyte.config.reading import ConfigT, load_config
 from halfbyte.config.values import memory_bytes
 from halfbyte.config.words import Allowed, allowed, alternatives, nearest
@@ -14,6 +22,7 @@ __all__ = [
     "Allowed",
     "Config",
     "ConfigT",
+    "DataConfig",
     "DatasetEntry",
     "EvaluateConfig",
     "FinetuneConfig",

@@ -112,6 +112,17 @@ class BatchKeys(Config):
     )
     train_on_source: bool = Field(False, description="Learn the prompts too, not only the answers.")
     train_on_last_turn: bool = Field(False, description="Learn the last answer of a conversation only.")
+    data_cache_dir: PathText | None = Field(
+        None, description="Where large data sets are kept tokenized; not said: ~/.cache/halfbyte/data."
+    )
+
+
+class CheckKeys(Config):
+    """Checks of the data"""
+
+    skip_bad_rows: int = Field(
+        0, ge=0, description="Rows that may be left out because they would spoil the run; one more ends it."
+    )
 
 
 class HeldOutKeys(Config):
@@ -182,7 +193,7 @@ class PlannedRunKeys(RunKeys):
     """The run and what it leaves behind"""
 
     output_dir: PathText | None = Field(  # type: ignore[assignment]
-        None, description="Not looked at: a plan leaves nothing behind."
+        None, description="Not looked at: nothing is left behind."
     )
 
 
@@ -219,7 +230,9 @@ class CheckpointKeys(Config):
     overwrite_output_dir: bool = Field(False, description="Replace a checkpoint that is in output_dir.")
 
 
-class FinetuneConfig(ModelKeys, DataKeys, QuantizationKeys, LoraKeys, BatchKeys, ScheduleKeys, HeldOutKeys, RunKeys):
+class FinetuneConfig(
+    ModelKeys, DataKeys, CheckKeys, QuantizationKeys, LoraKeys, BatchKeys, ScheduleKeys, HeldOutKeys, RunKeys
+):
     """What `halfbyte finetune` reads."""
 
     @model_validator(mode="after")
@@ -229,12 +242,24 @@ class FinetuneConfig(ModelKeys, DataKeys, QuantizationKeys, LoraKeys, BatchKeys,
 
 
 class PlanConfig(
-    ModelKeys, PlannedDataKeys, QuantizationKeys, LoraKeys, BatchKeys, ScheduleKeys, HeldOutKeys, PlannedRunKeys
-):
+    ModelKeys, PlannedDataKeys, CheckKeys, QuantizationKeys, LoraKeys, BatchKeys, ScheduleKeys, HeldOutKeys,
+    PlannedRunKeys,
+):  # fmt: skip
     """What `halfbyte plan` reads: what `halfbyte finetune` does, of which the model alone is required."""
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "PlanConfig":
+        _check_training_keys(self)
+        return self
+
+
+class DataConfig(
+    ModelKeys, DataKeys, CheckKeys, QuantizationKeys, LoraKeys, BatchKeys, ScheduleKeys, HeldOutKeys, PlannedRunKeys
+):
+    """What `halfbyte data` reads: what `halfbyte finetune` does, so that a run's file can be given as it is."""
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> "DataConfig":
         _check_training_keys(self)
         return self
 
@@ -251,7 +276,7 @@ class QuantizeConfig(ModelKeys, QuantizationKeys, CheckpointKeys):
     """What `halfbyte quantize` reads."""
 
 
-def _check_training_keys(config: "FinetuneConfig | PlanConfig") -> None:
+def _check_training_keys(config: "FinetuneConfig | PlanConfig | DataConfig") -> None:
     """Raises what pydantic turns into its own error where two keys contradict each other."""
     epochs = config.num_train_epochs
     relations = [

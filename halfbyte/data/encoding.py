@@ -3,7 +3,7 @@
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -38,6 +38,13 @@ class EncodingStatistics:
     answers_without_end: int = 0  # answers that the template ends with no special token
     answers_sharing_a_token: int = 0  # answers whose first token begins in the prompt
     without_bos: int = 0  # texts whose template writes no BOS where the tokenizer would put one
+    refused: list[str] = field(default_factory=list)  # what is wrong with rows that were left out, as sentences
+
+    def add(self, other: "EncodingStatistics") -> None:
+        """Count in what became of other rows."""
+        for counted in fields(self):
+            old, new = getattr(self, counted.name), getattr(other, counted.name)
+            setattr(self, counted.name, max(old, new) if counted.name == "longest" else old + new)
 
     def warnings(self) -> list[str]:
         """A sentence for each thing that a person would want to know before training."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,28 +24,19 @@ from halfbyte.checkpoint.resume import (
     save_checkpoint,
 )
 from halfbyte.config import FinetuneConfig
-from halfbyte.data import (
-    Batch,
-    Example,
-    encode_rows,
-    fingerprint,
-    pack,
-    preview,
-    read_sources,
-    set_chat_template,
-    training_steps,
-)
+from halfbyte.data import Batch, Example, fingerprint, pack, preview, training_steps
+from halfbyte.data.checks import find_control_tokens
+from halfbyte.data.masks import special_tokens
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import add_lora, describe_replacements, load_model, prepare_tokenizer, replacements_of
 from halfbyte.optim import OPTIMIZERS, AdamW, check_page_dir, learning_rate_factor
 from halfbyte.plan import Plan
-from halfbyte.recipes.data_sources import describe_sources, held_out_sources, training_sources
+from halfbyte.recipes.data_sources import held_out_sources, training_sources
 from halfbyte.recipes.display import Display
 from halfbyte.recipes.interrupt import heard_at_step_end
 from halfbyte.recipes.memory import plan_memory
 from halfbyte.recipes.metrics import Metrics, check_trackers, forget_after
 from halfbyte.recipes.planning import (
-    TrainingConfig,
     UnplannableError,
     check_fits,
     count_steps,
@@ -54,7 +45,9 @@ from halfbyte.recipes.planning import (
     plan_run,
 )
 from halfbyte.recipes.provenance import peak_resident_bytes, write_run_file
+from halfbyte.recipes.tokenizing import read_data
 from halfbyte.recipes.training import PassOutOfMemoryError, evaluate_loss, evaluation_batches, train_step
+from halfbyte.report.masked import masked_text
 
 # What may differ between a run and its continuation: nothing here changes a number of the training. Where the model
 # and the data lie may change; that they are the same is told by their fingerprints.
@@ -70,6 +63,7 @@ _FREE_TO_CHANGE = {
     "eval_dataset_split",
     "eval_steps",
     "per_device_eval_batch_size",
+    "skip_bad_rows",
     "save_steps",
     "save_total_limit",
     "logging_steps",
@@ -78,6 +72,7 @@ _FREE_TO_CHANGE = {
     "max_memory",
     "over_budget",
     "page_dir",
+    "data_cache_dir",
 }
 
 
@@ -111,9 +106,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
     tokenizer = prepare_tokenizer(config.model_name_or_path, None, config.chat_template, config.system_prompt)
     train, held_out = read_data(config, tokenizer, console)
     if config.packing:
-        rows = pack(train, config.max_length)
-        console.print(f"packed into {len(rows):,} rows of at most {config.max_length} tokens", highlight=False)
-        train = rows
+        train = pack(train, config.max_length)
+        console.print(f"packed into {len(train):,} rows of at most {config.max_length} tokens", highlight=False)
     plan = make_plan(config, train, held_out, console)
     if plan is not None and config.over_budget == "refuse":
         check_fits(plan, config.max_memory)
@@ -140,13 +134,13 @@ def dry_run(config: FinetuneConfig, console: Console) -> None:
     # Where there are no colours, brackets tell the two apart.
     told_by = "green" if console.color_system else "in ⟦brackets⟧"
     console.print(f"\nthe first example; what is learned is {told_by}:\n", highlight=False)
-    for text, learned in preview(tokenizer, train[0]):
-        shown = f"⟦{text}⟧" if learned and not console.color_system else text
-        console.print(shown, style="green" if learned else "dim", end="", markup=False, highlight=False)
-    console.print()
+    control_tokens = find_control_tokens(special_tokens(tokenizer))
+    console.print(masked_text(preview(tokenizer, train[0]), control_tokens, console.color_system is not None))
 
 
-def make_plan(config: FinetuneConfig, train: list[Example], held_out: list[Example], console: Console) -> Plan | None:
+def make_plan(
+    config: FinetuneConfig, train: Sequence[Example], held_out: Sequence[Example], console: Console
+) -> Plan | None:
     """What the run will hold, said to a person; None where that is not known beforehand.
 
     Raises:
@@ -186,46 +180,6 @@ def check_inputs(config: FinetuneConfig) -> None:
     check_trackers(config.report_to)
 
 
-def read_data(
-    config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> tuple[list[Example], list[Example]]:
-    """The training and the held-out rows, tokenized and masked; the second is empty where there are none."""
-    sets: list[list[Example]] = []
-    in_alpaca_prompt = False
-    for sources in (training_sources(config), held_out_sources(config)):
-        if not sources:
-            sets.append([])
-            continue
-        name = describe_sources(sources)
-        examples, statistics = encode_rows(
-            tokenizer,
-            read_sources(sources),
-            config.max_length,
-            config.train_on_source,
-            config.train_on_last_turn,
-            config.truncation,
-        )
-        console.print(
-            f"{name}: {statistics.rows:,} rows, {statistics.tokens:,} tokens,"
-            f" {statistics.supervised_tokens:,} of them learned; the longest has {statistics.longest}",
-            highlight=False,
-        )
-        for warning in statistics.warnings():
-            console.print(f"  note: {warning}", style="yellow", highlight=False)
-        if not statistics.examples:
-            raise HalfbyteError(
-                f"{name}: all {statistics.dropped} examples have more than max_length ({config.max_length}) tokens and"
-                " were dropped; raise max_length, or choose another truncation."
-            )
-        if config.system_prompt is not None and statistics.rows_of_text == statistics.rows:
-            raise HalfbyteError(f"system_prompt is set, and {name} holds texts with no place for it; leave it out.")
-        in_alpaca_prompt |= statistics.rows_in_alpaca_prompt > 0
-        sets.append(examples)
-    if in_alpaca_prompt:  # what they were written in is saved with the adapter, and asked with later
-        set_chat_template(tokenizer, "alpaca")
-    return sets[0], sets[1]
-
-
 @dataclass
 class Run:
     """A training that is ready to begin, and what it needs."""
@@ -233,8 +187,8 @@ class Run:
     config: FinetuneConfig
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     console: Console
     plan: Plan | None = None
 

@@ -5,6 +5,7 @@ is taken. If memory runs out all the same, a step is taken again in smaller pass
 the next level. The loss is the mean over the whole step's supervised tokens, so its split into passes does not count.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from halfbyte.config import FinetuneConfig, memory_bytes
-from halfbyte.data import Batch, Example
+from halfbyte.data import Batch, Example, lengths_of
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.mapped import mapped_bytes
 from halfbyte.huggingface.recompute import LEVELS, choose_recomputation, measure_activation_bytes, set_recomputation
@@ -91,7 +92,7 @@ class Memory:
         return f"memory ran out; {did}"
 
 
-def plan_memory(config: FinetuneConfig, model: nn.Module, train: list[Example], device: torch.device) -> Memory:
+def plan_memory(config: FinetuneConfig, model: nn.Module, train: Sequence[Example], device: torch.device) -> Memory:
     """Choose what to recompute, and set the model to it.
 
     Raises:
@@ -99,7 +100,7 @@ def plan_memory(config: FinetuneConfig, model: nn.Module, train: list[Example], 
     """
     rows = config.per_device_train_batch_size
     bytes_a_token = measure_activation_bytes(model)
-    tokens = min(rows, len(train)) * max(len(example.input_ids) for example in train)
+    tokens = min(rows, len(train)) * int(lengths_of(train).max())
     sizes = tuple(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     optimizer = OPTIMIZERS[config.optim]
     state = 0 if optimizer["paged"] else optimizer_bytes(sizes, optimizer["state_bits"])  # pages leave for what else is

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 
 from halfbyte.config import FinetuneConfig, PlanConfig
-from halfbyte.data import Example
+from halfbyte.data import Example, lengths_of
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.miniature import Family, make_miniatures, predict_activation_bytes
 from halfbyte.huggingface.outline import Inventory, outline_model, take_inventory
@@ -143,4 +143,4 @@ def _rows(asked: int, examples: Sequence[Example]) -> int:
 
 def _longest(examples: Sequence[Example], max_length: int) -> int:
     """Tokens of the longest row; of one of max_length where no rows are known."""
-    return max((len(example.input_ids) for example in examples), default=max_length)
+    return int(lengths_of(examples).max()) if examples else max_length

@@ -140,7 +140,10 @@ def test_a_file_and_flags(seen: dict[str, Any], tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["finetun"], "there is no command 'finetun': did you mean finetune?"),
-        (["qwerty"], "there is no command 'qwerty': there are finetune, plan, evaluate, generate, quantize, doctor"),
+        (
+            ["qwerty"],
+            "there is no command 'qwerty': there are finetune, data, plan, evaluate, generate, quantize, doctor",
+        ),
         (["--frobnicate"], "unknown flag --frobnicate: halfbyte --help lists the flags"),
         (["finetune", "--learning-rate", "1"], "unknown flag --learning-rate: did you mean --learning_rate?"),
         (["finetune", "--lr", "1"], "unknown flag --lr: did you mean --learning_rate?"),

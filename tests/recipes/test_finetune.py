@@ -37,6 +37,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "held_out.jsonl", first=100)
+
+
 @dataclass
 class Undisturbed:
     directory: Path
@@ -215,9 +220,9 @@ def test_the_same_settings_give_the_same_bits_and_another_seed_others(
     ids=str,
 )
 def test_what_is_measured_saved_or_computed_again_changes_nothing(
-    config: Callable[..., FinetuneConfig], rows: Path, undisturbed: Undisturbed, changes: dict[str, Any]
+    config: Callable[..., FinetuneConfig], held_out: Path, undisturbed: Undisturbed, changes: dict[str, Any]
 ) -> None:
-    settings = config(eval_dataset=str(rows), **changes)
+    settings = config(eval_dataset=str(held_out), **changes)
     result, _ = run(settings)
     assert adapter_bytes(Path(settings.output_dir)) == adapter_bytes(undisturbed.directory)
     assert result.base_sha256 == undisturbed.result.base_sha256
@@ -227,14 +232,14 @@ def test_what_is_measured_saved_or_computed_again_changes_nothing(
 
 
 def test_the_loss_on_held_out_rows_is_what_evaluate_finds(
-    config: Callable[..., FinetuneConfig], model: Path, rows: Path
+    config: Callable[..., FinetuneConfig], model: Path, held_out: Path
 ) -> None:
-    settings = config(eval_dataset=str(rows), max_steps=4)
+    settings = config(eval_dataset=str(held_out), max_steps=4)
     result, said = run(settings)
     again = evaluate(
         EvaluateConfig(
             model_name_or_path=str(model),
-            dataset=str(rows),
+            dataset=str(held_out),
             adapter=settings.output_dir,
             generate=False,
             per_device_eval_batch_size=settings.per_device_eval_batch_size,
