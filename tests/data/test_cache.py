@@ -200,7 +200,7 @@ def test_a_row_that_cannot_be_read_stops_it_too(tmp_path: Path) -> None:
         yield from map(row, range(30))
         raise HalfbyteError("rows.jsonl:31: broken")
 
-    with pytest.raises(HalfbyteError, match="rows.jsonl:31: broken"):
+    with pytest.raises(HalfbyteError, match=r"^rows\.jsonl:31: broken$"):
         encode_or_recall(read, encode, dict, tmp_path, 2, lambda _: None, lambda _: None)
     assert not places(tmp_path)
 
@@ -240,7 +240,7 @@ def test_a_cache_that_is_made_anew_leaves_its_readers_alone(tmp_path: Path) -> N
 
 def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(HalfbyteError, match="cannot be kept in .*: make room there or set data_cache_dir to another"):
+    with pytest.raises(HalfbyteError, match=r"cannot be kept in .*: make room there or set data_cache_dir to another"):
         Use(tmp_path / "file" / "cache")()
 
 
@@ -328,7 +328,7 @@ def test_a_process_that_is_ended_from_outside_is_one_sentence(tmp_path: Path) ->
             os.kill(os.getpid(), signal.SIGKILL)
         return encode(rows)
 
-    with pytest.raises(HalfbyteError, match="ended from outside.*threads: 1"):
+    with pytest.raises(HalfbyteError, match=r"ended from outside.*threads: 1"):
         Use(tmp_path, processes=2)(dying)
     assert not multiprocessing.active_children()
     use = Use(tmp_path)
