@@ -1,5 +1,6 @@
 """The cache: the same examples as without it, made once, made anew when anything is different or damaged."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ from halfbyte.data import (
     workers,
 )
 from halfbyte.data.cache import content_sha256, tokenizer_sha256
-from halfbyte.data.token_store import StoredExamples
+from halfbyte.data.token_store import Chunk, StoredExamples, StoreWriter
 from halfbyte.errors import HalfbyteError
 
 
@@ -242,6 +243,24 @@ def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(HalfbyteError, match=r"cannot be kept in .*: make room there or set data_cache_dir to another"):
         Use(tmp_path / "file" / "cache")()
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = StoreWriter.append
+
+    def failing(writer: StoreWriter, chunk: Chunk) -> None:
+        if len(writer.records) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(writer, chunk)
+
+    monkeypatch.setattr(StoreWriter, "append", failing)
+    with pytest.raises(HalfbyteError, match=r"cannot be kept in .* \(No space left on device\): make room"):
+        Use(tmp_path, processes=2)()
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "IN_MEMORY_ROWS", 10)
+    use = Use(tmp_path)
+    use()
+    assert use.progress[0] == 20
 
 
 def test_two_runs_at_once_tokenize_once(tmp_path: Path) -> None:
