@@ -29,6 +29,7 @@ from halfbyte.data.checks import find_control_tokens
 from halfbyte.data.masks import special_tokens
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import add_lora, describe_replacements, load_model, prepare_tokenizer, replacements_of
+from halfbyte.huggingface.segments import keeps_packed_apart
 from halfbyte.optim import OPTIMIZERS, AdamW, check_page_dir, learning_rate_factor
 from halfbyte.plan import Plan
 from halfbyte.recipes.data_sources import held_out_sources, training_sources
@@ -105,10 +106,10 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
         torch.set_num_threads(config.threads)
     tokenizer = prepare_tokenizer(config.model_name_or_path, None, config.chat_template, config.system_prompt)
     train, held_out = read_data(config, tokenizer, console)
+    rows = pack(train, config.max_length) if config.packing else train
     if config.packing:
-        train = pack(train, config.max_length)
-        console.print(f"packed into {len(train):,} rows of at most {config.max_length} tokens", highlight=False)
-    plan = make_plan(config, train, held_out, console)
+        console.print(f"packed into {len(rows):,} rows of at most {config.max_length} tokens", highlight=False)
+    plan = make_plan(config, rows, held_out, console)
     if plan is not None and config.over_budget == "refuse":
         check_fits(plan, config.max_memory)
     torch.manual_seed(config.seed)  # the adapter's initial values, and dropout after them
@@ -121,7 +122,15 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
         _device(),
     )
     console.print(describe_replacements(replacements_of(model)), highlight=False)
-    run = Run(config, add_lora(model, lora_config(config)), tokenizer, train, held_out, console, plan)
+    if config.packing and not keeps_packed_apart(model):
+        rows = train
+        console.print(
+            "  note: this model does not keep packed rows apart, so they are not packed: those of like length share a"
+            " batch",
+            style="yellow",
+            highlight=False,
+        )
+    run = Run(config, add_lora(model, lora_config(config)), tokenizer, rows, held_out, console, plan)
     return run.execute()
 
 

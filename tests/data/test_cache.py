@@ -1,5 +1,6 @@
 """The cache: the same examples as without it, made once, made anew when anything is different or damaged."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ from halfbyte.data import (
     workers,
 )
 from halfbyte.data.cache import content_sha256, tokenizer_sha256
-from halfbyte.data.token_store import StoredExamples
+from halfbyte.data.token_store import Chunk, StoredExamples, StoreWriter
 from halfbyte.errors import HalfbyteError
 
 
@@ -200,7 +201,7 @@ def test_a_row_that_cannot_be_read_stops_it_too(tmp_path: Path) -> None:
         yield from map(row, range(30))
         raise HalfbyteError("rows.jsonl:31: broken")
 
-    with pytest.raises(HalfbyteError, match="rows.jsonl:31: broken"):
+    with pytest.raises(HalfbyteError, match=r"^rows\.jsonl:31: broken$"):
         encode_or_recall(read, encode, dict, tmp_path, 2, lambda _: None, lambda _: None)
     assert not places(tmp_path)
 
@@ -240,8 +241,26 @@ def test_a_cache_that_is_made_anew_leaves_its_readers_alone(tmp_path: Path) -> N
 
 def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(HalfbyteError, match="cannot be kept in .*: make room there or set data_cache_dir to another"):
+    with pytest.raises(HalfbyteError, match=r"cannot be kept in .*: make room there or set data_cache_dir to another"):
         Use(tmp_path / "file" / "cache")()
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = StoreWriter.append
+
+    def failing(writer: StoreWriter, chunk: Chunk) -> None:
+        if len(writer.records) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(writer, chunk)
+
+    monkeypatch.setattr(StoreWriter, "append", failing)
+    with pytest.raises(HalfbyteError, match=r"cannot be kept in .* \(No space left on device\): make room"):
+        Use(tmp_path, processes=2)()
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "IN_MEMORY_ROWS", 10)
+    use = Use(tmp_path)
+    use()
+    assert use.progress[0] == 20
 
 
 def test_two_runs_at_once_tokenize_once(tmp_path: Path) -> None:
@@ -328,7 +347,7 @@ def test_a_process_that_is_ended_from_outside_is_one_sentence(tmp_path: Path) ->
             os.kill(os.getpid(), signal.SIGKILL)
         return encode(rows)
 
-    with pytest.raises(HalfbyteError, match="ended from outside.*threads: 1"):
+    with pytest.raises(HalfbyteError, match=r"ended from outside.*threads: 1"):
         Use(tmp_path, processes=2)(dying)
     assert not multiprocessing.active_children()
     use = Use(tmp_path)

@@ -91,7 +91,11 @@ def test_labels_that_a_store_could_not_give_back_are_refused() -> None:
 def test_pages_are_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "store", examples_of(1100))
     released: list[object] = []
-    monkeypatch.setattr(store_module._Map, "release", lambda file: released.append(file))
+
+    def release(file: object) -> None:
+        released.append(file)
+
+    monkeypatch.setattr(store_module._Map, "release", release)
     list(StoredExamples(tmp_path / "store"))
     assert len(released) == 4 * 2
 
@@ -108,7 +112,7 @@ def three_chunks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_damage_anywhere_is_found_and_mended(
     three_chunks: Path, tmp_path: Path, name: str, where: float, damage: int
 ) -> None:
-    """A file cut off (-2), longer (-1) or with a byte changed: the whole chunks before it stay, and go on from there."""
+    """A file cut off (-2), longer (-1) or with a byte changed: whole chunks before it stay, and are gone on from."""
     directory = tmp_path / "store"
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(three_chunks, directory)

@@ -540,3 +540,42 @@ def test_a_dry_run_writes_nothing_and_shows_what_is_learned(
     assert "12 rows" in said
     assert "⟦yes<|im_end|>⟧" in said
     assert list(tmp_path.iterdir()) == []
+
+
+# ── Packing, where the model takes it ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("model_type", "packs"), [("llama", True), ("opt", False)])
+def test_rows_are_packed_only_for_a_model_that_keeps_them_apart(
+    model_directory: Callable[[str], Path], rows: Path, tmp_path: Path, model_type: str, packs: bool
+) -> None:
+    settings = {"max_steps": -1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    config = configure(model_directory(model_type), rows, tmp_path / "run", packing=True, **settings)
+    result, said = run(config)
+    assert ("this model does not keep packed rows apart" in said) is not packs
+    assert (result.total_steps < 6) is packs  # of twelve rows, two at a time
+
+
+def test_resume_from_a_cache_is_bit_identical(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenized into a store by two processes, packed, and gone on from where a power cut left it."""
+    monkeypatch.setattr("halfbyte.data.cache.IN_MEMORY_ROWS", 4)
+    monkeypatch.setattr("halfbyte.data.workers.CHUNK_ROWS", 3)
+    changes = {"packing": True, "max_steps": 6, "gradient_accumulation_steps": 1}
+    in_memory = configure(model, rows, tmp_path / "in-memory", **changes)
+    stored = in_memory.model_copy(
+        update={"output_dir": str(tmp_path / "stored"), "data_cache_dir": str(tmp_path / "cache")}
+    )
+    with monkeypatch.context() as small:
+        small.setattr("halfbyte.data.cache.IN_MEMORY_ROWS", 1000)
+        run(in_memory)
+    with monkeypatch.context() as disturbed:
+        disturbed_at(4, cut_power, disturbed)
+        with pytest.raises(PowerCutError):
+            run(stored)
+    (place,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    written = (place / "input_ids.bin").stat().st_mtime_ns
+    run(resumed(stored))
+    assert (place / "input_ids.bin").stat().st_mtime_ns == written
+    assert adapter_bytes(tmp_path / "stored") == adapter_bytes(tmp_path / "in-memory")
