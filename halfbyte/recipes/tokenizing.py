@@ -68,7 +68,11 @@ def read_data(
             raise HalfbyteError(f"system_prompt is set, and {name} holds texts with no place for it; leave it out.")
         in_alpaca_prompt |= statistics.rows_in_alpaca_prompt > 0
         if not len(examples):
-            why = f": all have more than max_length ({config.max_length}) tokens" if statistics.dropped else ""
+            why = (
+                f": all have more than max_length ({config.max_length}) tokens; raise it, or choose another truncation"
+                if statistics.dropped
+                else ""
+            )
             raise HalfbyteError(f"{name}: no row is left to learn from{why}")
         sets.append(examples)
     if in_alpaca_prompt:  # what they were written in is saved with the adapter, and asked with later

@@ -75,7 +75,7 @@ def test_what_alpaca_rows_were_written_in_is_kept_too(base: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"truncation": "drop", "max_length": 8}, "all 12 examples have more than max_length"),
+        ({"truncation": "drop", "max_length": 8}, "all have more than max_length"),
         ({"truncation": "error", "max_length": 8}, r"rows\.jsonl:1: this row has"),
         ({"chat_template": "zefyr"}, "did you mean zephyr"),
         ({"chat_template": None, "system_prompt": "be brief"}, "system_prompt needs a chat template"),
