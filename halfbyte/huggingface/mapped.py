@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.source import read_safetensors, safetensors_files
 
-_SMALL_BYTES = 1 << 14
+SMALL_BYTES = 1 << 14
 # One request reads no more than the device's largest, or than its window for reading ahead, whatever it asks for.
 _REQUEST_BYTES = 1 << 19
 _RECORD = "halfbyte_mapped_bytes"
@@ -78,7 +78,7 @@ class MappedFile:
                 continue
             dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             is_matrix = len(shape) > 1 or name.endswith(".absmax")
-            if is_matrix and end - begin >= _SMALL_BYTES and (start + begin) % dtype.itemsize == 0:
+            if is_matrix and end - begin >= SMALL_BYTES and (start + begin) % dtype.itemsize == 0:
                 mapped[name] = self._carve(dtype, shape, start + begin)
         return mapped
 

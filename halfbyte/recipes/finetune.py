@@ -31,7 +31,7 @@ from halfbyte.optim import OPTIMIZERS, AdamW, check_page_dir, learning_rate_fact
 from halfbyte.plan import Plan
 from halfbyte.recipes.display import Display
 from halfbyte.recipes.interrupt import heard_at_step_end
-from halfbyte.recipes.memory import plan_memory
+from halfbyte.recipes.memory import give_back_freed_memory, plan_memory
 from halfbyte.recipes.metrics import Metrics, check_trackers, forget_after
 from halfbyte.recipes.planning import (
     TrainingConfig,
@@ -113,6 +113,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
         _device(),
     )
     console.print(describe_replacements(replacements_of(model)), highlight=False)
+    give_back_freed_memory()  # what loading worked in
     run = Run(config, add_lora(model, lora_config(config)), tokenizer, train, held_out, console, plan)
     return run.execute()
 
@@ -216,7 +217,7 @@ class Run:
             **OPTIMIZERS[config.optim],
             page_dir=_page_dir(config),
         )
-        self.memory = plan_memory(config, self.model, self.train, self.device)
+        self.memory = plan_memory(config, self.model, self.train, self.device, self.plan)
         self.console.print(self.memory.describe(), highlight=False)
         self.base_sha256 = weights_sha256(self.model)
         self.data_sha256 = fingerprint(self.train)
