@@ -35,7 +35,7 @@ from halfbyte.plan import Plan
 from halfbyte.recipes.data_sources import held_out_sources, training_sources
 from halfbyte.recipes.display import Display
 from halfbyte.recipes.interrupt import heard_at_step_end
-from halfbyte.recipes.memory import plan_memory
+from halfbyte.recipes.memory import give_back_freed_memory, plan_memory
 from halfbyte.recipes.metrics import Metrics, check_trackers, forget_after
 from halfbyte.recipes.planning import (
     UnplannableError,
@@ -130,6 +130,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
             style="yellow",
             highlight=False,
         )
+    give_back_freed_memory()  # what loading worked in
     run = Run(config, add_lora(model, lora_config(config)), tokenizer, rows, held_out, console, plan)
     return run.execute()
 
@@ -215,7 +216,7 @@ class Run:
             **OPTIMIZERS[config.optim],
             page_dir=_page_dir(config),
         )
-        self.memory = plan_memory(config, self.model, self.train, self.device)
+        self.memory = plan_memory(config, self.model, self.train, self.device, self.plan)
         self.console.print(self.memory.describe(), highlight=False)
         self.base_sha256 = weights_sha256(self.model)
         self.data_sha256 = fingerprint(self.train)

@@ -42,6 +42,7 @@ class PlanReport:
             "peak_bytes": plan.peak_bytes,
             "peak_moment": plan.peak_moment,
             "least_bytes": plan.least_bytes,
+            "mapped_bytes": plan.footprint.mapped_bytes,
             "budget_bytes": plan.budget_bytes,
             "fits": plan.fits,
             "level": plan.settings.level,
