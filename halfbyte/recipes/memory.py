@@ -144,6 +144,7 @@ def keep_large_tensors_apart() -> None:
     gaps that fit nothing: of a Llama-7B 0.2 GB. A mapping leaves none. But its pages are made anew each time, which is
     a tenth of a step, so it is for runs that give time for memory anyway.
     """
+    give_back_freed_memory()  # or what the heap has free is filled first
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
