@@ -8,7 +8,7 @@ packing takes behind it, and memory in MB:
 
     before    of the process when it has imported everything and read the tokenizer
     process   the largest resident set of the process
-    together  with those that tokenize for it, pages that they share counted once (PSS, sampled)
+    together  with those that tokenize for it, and pages that several processes share counted in parts (PSS, sampled)
 """
 
 import argparse
@@ -27,7 +27,7 @@ from benchmarks.alpaca_like import write_rows
 from benchmarks.options import ROOT, Options
 
 DIRECTORY = ROOT / "runs/tokenizing"
-SAMPLE_SECONDS = 0.1
+SAMPLE_SECONDS = 0.5  # asking costs some milliseconds of the process itself
 
 
 def main() -> None:
