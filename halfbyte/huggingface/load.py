@@ -69,7 +69,8 @@ def load_model(
     tokenizer = load_tokenizer(source)
     quantization = None
     if quant_type != "none":
-        quantization = QuantizationConfig(quant_type, block_size, double_quant, compute_dtype)
+        # What replaces the model's operations looks at weights, which are to be in their place then: done below.
+        quantization = QuantizationConfig(quant_type, block_size, double_quant, compute_dtype, fast=False)
     saved = getattr(config, "quantization_config", None)
     files: list[MappedFile] = []
     lender = None
@@ -78,7 +79,9 @@ def load_model(
         tensors, conversions = read_gguf_tensors(source.gguf_file, config, model_class, compute_dtype)
         if conversions:
             # The quantizer is what hands conversions to transformers, so it is there even if it quantizes nothing.
-            quantization = quantization or QuantizationConfig(compute_dtype=compute_dtype, skip_modules=[_EVERY_MODULE])
+            quantization = quantization or QuantizationConfig(
+                compute_dtype=compute_dtype, skip_modules=[_EVERY_MODULE], fast=False
+            )
             quantization.conversions = conversions
     elif saved is not None and mapped and torch.device(device).type == "cpu":
         tensors, files = map_safetensors(source.directory)
@@ -93,7 +96,7 @@ def load_model(
         except HalfbyteError as error:
             raise HalfbyteError(f"{source.directory}/{error}") from error
         # transformers wants a dictionary here, and then takes the checkpoint as quantized already
-        config.quantization_config = {"quant_method": QUANT_METHOD, **vars(read)}
+        config.quantization_config = {"quant_method": QUANT_METHOD, **vars(read), "fast": False}
         quantization = None
     model = _build(source, config, tensors, quantization, compute_dtype, device)
     if lender is not None:

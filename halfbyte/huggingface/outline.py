@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.load import build_on_meta
-from halfbyte.huggingface.peft import wrap_model
+from halfbyte.huggingface.peft import add_lora
 from halfbyte.huggingface.quantizer import QuantizationConfig, Quantizer
 from halfbyte.huggingface.source import locate, read_config
 from halfbyte.nn import Linear4bit
@@ -68,7 +68,7 @@ def outline_model(
         quantizer = Quantizer(quantization, pre_quantized=saved is not None)
         quantizer._process_model_before_weight_loading(model)
     with torch.device("meta"):
-        return wrap_model(model, copy.deepcopy(lora))
+        return add_lora(model, copy.deepcopy(lora))
 
 
 def take_inventory(model: PeftModel) -> Inventory:

@@ -21,6 +21,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.huggingface.patch import accelerate_model
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import from_keys, quantize_4bit
 
@@ -40,6 +41,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         double_quant: store the absmax in 8 bits.
         compute_dtype: the dtype of the products.
         skip_modules: names of linear layers that stay in 16 bits; the output layer and tied ones always do.
+        fast: halfbyte's operations in place of the model's own where they compute the same, as for `load_model`.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         double_quant: bool = True,
         compute_dtype: torch.dtype | str = torch.bfloat16,
         skip_modules: list[str] | None = None,
+        fast: bool = True,
         **_: Any,  # from_dict passes quant_method
     ) -> None:
         self.quant_method: Any = QUANT_METHOD
@@ -57,6 +60,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.double_quant = double_quant
         self.compute_dtype = getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
         self.skip_modules = skip_modules
+        self.fast = fast
         # How the tensors' names and values become the model's, where it is not by the model's own rules (GGUF).
         self.conversions: list[Any] | None = None
 
@@ -116,6 +120,7 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.config = quantization_config
         self.transposed: set[str] = set()  # weights that the checkpoint holds as (in, out), as GPT-2's
+        self.loaded_dtypes: dict[str, torch.dtype] = {}  # of parameters that are numbers
 
     def is_serializable(self) -> bool:
         return True
@@ -156,6 +161,10 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         ]
         if self.config.conversions is not None:
             model._weight_conversions = None
+        parameters = model.named_parameters()
+        self.loaded_dtypes = {name: tensor.dtype for name, tensor in parameters if tensor.is_floating_point()}
+        if self.config.fast:
+            accelerate_model(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         if self.config.conversions is not None:

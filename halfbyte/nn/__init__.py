@@ -1,6 +1,7 @@
 """Modules and autograd over ops."""
 
 from halfbyte.nn.attention import attention
+from halfbyte.nn.dora import row_norms, row_squares
 from halfbyte.nn.gated import gated, gated_halves
 from halfbyte.nn.linear4bit import Linear4bit
 from halfbyte.nn.lora import lora_linear, lora_linears
@@ -28,5 +29,7 @@ __all__ = [
     "lora_linears",
     "rms_norm",
     "rotate_queries_and_keys",
+    "row_norms",
+    "row_squares",
     "supervised_loss",
 ]
