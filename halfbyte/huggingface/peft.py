@@ -133,24 +133,22 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
             before, bias = base.quantized, base.bias
             with torch.no_grad():
                 weight = before.dequantize(torch.float32) + self.get_delta_weight(adapter).float()
-                factors = row_factors(self, adapter) if adapter in self.lora_variant else None
-                if factors is not None:
-                    weight *= factors[:, None]
-                new_bias = self._merged_bias(adapter, factors)
+                if adapter in self.lora_variant:
+                    weight *= row_factors(self, adapter)[:, None]
+                new_bias = self._merged_bias(adapter)
             merged = quantize_4bit(weight.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
             self._before_merge.append((before, bias))
             base.quantized, base.bias = merged, new_bias
             self.merged_adapters.append(adapter)
 
-    def _merged_bias(self, adapter: str, factors: Tensor | None) -> nn.Parameter | None:
+    def _merged_bias(self, adapter: str) -> nn.Parameter | None:
         """The base's bias and, if it has one, the adapter's."""
         bias: nn.Parameter | None = self.get_base_layer().bias
         if not self.lora_bias[adapter]:
             return bias
         if bias is None:
             raise HalfbyteError(f"Adapter {adapter!r} has a bias and the layer has none, so they cannot be merged.")
-        added = self.lora_B[adapter].bias * self.scaling[adapter]
-        total = bias + (added if factors is None else added * factors).to(bias.dtype)
+        total = (bias + self.lora_B[adapter].bias * self.scaling[adapter]).to(bias.dtype)
         if not total.isfinite().all():
             raise HalfbyteError(f"Adapter {adapter!r} has a bias that holds a NaN or an infinity; it is not merged.")
         return nn.Parameter(total, requires_grad=bias.requires_grad)
