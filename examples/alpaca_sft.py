@@ -68,7 +68,7 @@ def main(model_name: str, dataset: Path, output_dir: Path, **changes: Any) -> No
         "gradient_checkpointing": True,
         "learning_rate": 2e-4,
         "lr_scheduler_type": "cosine",
-        "warmup_ratio": 0.03,
+        "warmup_steps": 0.03,  # below one, a share of the steps: the listings' warmup_ratio
         "max_grad_norm": 0.3,
         "weight_decay": 0.001,
         "bf16": True,
