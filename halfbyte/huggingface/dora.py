@@ -37,10 +37,12 @@ class Dora(LoraVariant):  # type: ignore[misc]
         """On top of `result`, which other adapters may have added to."""
         bias = module.get_base_layer().bias
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        y = result if bias is None else result - bias
+        y: Tensor = result if bias is None else result - bias
         y = y + lora_B(lora_A(module.lora_dropout[active_adapter](x))) * module.scaling[active_adapter]
         y = y * row_factors(module, active_adapter)
-        return y if bias is None else y + bias
+        if bias is not None:
+            y = y + bias
+        return y
 
 
 def row_factors(module: Any, adapter: str) -> Tensor:
