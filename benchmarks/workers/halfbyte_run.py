@@ -15,14 +15,13 @@ from rich.console import Console
 from halfbyte.config import FinetuneConfig
 from halfbyte.data import encode_rows, read_rows
 from halfbyte.huggingface import load_tokenizer
-from halfbyte.ops import executed_implementation
 from halfbyte.recipes import finetune as recipe
 
 
 def prepare(settings: Request) -> tuple[Measure, Reply]:
     torch.set_num_threads(settings["threads"])
     tokenizer = load_tokenizer(settings["model"])
-    rows = read_rows(settings["rows"], "alpaca")
+    rows = list(read_rows(settings["rows"], "alpaca"))
     examples, _ = encode_rows(tokenizer, rows, settings["max_length"])
     lengths = [len(example.input_ids) for example in examples]
     clock = TrainingClock()
@@ -53,7 +52,6 @@ def prepare(settings: Request) -> tuple[Measure, Reply]:
             "first_loss": metrics[0]["loss"],
             "loss": result.loss,
             "sound": saved > 0 and math.isfinite(result.loss),
-            "implementation": executed_implementation(),
         }
 
     return measure, {"useful_tokens": sum(lengths[: settings["count_rows"]])}

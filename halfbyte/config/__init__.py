@@ -4,7 +4,16 @@
 the file and line (or the flag), the key, the value that was found and what is allowed.
 """
 
-from halfbyte.config.keys import Config, EvaluateConfig, FinetuneConfig, GenerateConfig, PlanConfig, QuantizeConfig
+from halfbyte.config.datasets import DatasetEntry
+from halfbyte.config.keys import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    PlanConfig,
+    QuantizeConfig,
+)
 from halfbyte.config.reading import ConfigT, load_config
 from halfbyte.config.values import memory_bytes
 from halfbyte.config.words import Allowed, allowed, alternatives, nearest
@@ -13,6 +22,8 @@ __all__ = [
     "Allowed",
     "Config",
     "ConfigT",
+    "DataConfig",
+    "DatasetEntry",
     "EvaluateConfig",
     "FinetuneConfig",
     "GenerateConfig",

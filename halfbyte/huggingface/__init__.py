@@ -7,6 +7,7 @@ from halfbyte.huggingface.patch import Replacement, accelerate_model, describe_r
 from halfbyte.huggingface.peft import add_lora
 from halfbyte.huggingface.quantizer import QuantizationConfig
 from halfbyte.huggingface.seams import install
+from halfbyte.huggingface.tokenizer import prepare_tokenizer
 
 install()
 
@@ -19,6 +20,7 @@ __all__ = [
     "describe_replacements",
     "load_model",
     "load_tokenizer",
+    "prepare_tokenizer",
     "replacements_of",
     "use_attention",
 ]

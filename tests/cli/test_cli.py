@@ -140,7 +140,10 @@ def test_a_file_and_flags(seen: dict[str, Any], tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["finetun"], "there is no command 'finetun': did you mean finetune?"),
-        (["qwerty"], "there is no command 'qwerty': there are finetune, plan, evaluate, generate, quantize, doctor"),
+        (
+            ["qwerty"],
+            "there is no command 'qwerty': there are finetune, data, plan, evaluate, generate, quantize, doctor",
+        ),
         (["--frobnicate"], "unknown flag --frobnicate: halfbyte --help lists the flags"),
         (["finetune", "--learning-rate", "1"], "unknown flag --learning-rate: did you mean --learning_rate?"),
         (["finetune", "--lr", "1"], "unknown flag --lr: did you mean --learning_rate?"),
@@ -279,6 +282,7 @@ def test_generate_streams_the_answer(monkeypatch: pytest.MonkeyPatch, capsys: py
         assert options.pop("stream")("Good ") is None
         assert options == {
             "adapter": None,
+            "chat_template": None,
             "system": "Be kind.",
             "quant_type": "nf4",
             "block_size": 64,

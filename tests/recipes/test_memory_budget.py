@@ -1,6 +1,9 @@
 """What a run recomputes and why, and that it goes on when memory runs out."""
 
 import json
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte import FinetuneConfig, HalfbyteError
+from halfbyte import FinetuneConfig, HalfbyteError, load_model
+from halfbyte.huggingface.mapped import mapped_bytes
 from halfbyte.recipes import memory, training
 from halfbyte.recipes.memory import limits_of_control_groups
+from halfbyte.recipes.quantize import quantize
+from models import save_model
 from runs import adapter_bytes, configure, metrics_of, run, write_rows
 
 CPU_SAYS = "[enforce fail at alloc_cpu.cpp:128] err == 0. DefaultCPUAllocator: can't allocate memory"
@@ -43,11 +49,39 @@ def fail_above(rows: int, error: Exception, monkeypatch: pytest.MonkeyPatch, cal
 
 
 @pytest.mark.parametrize(("value", "level"), [("auto", "none"), (True, "full"), (False, "none")])
-def test_the_level_is_told(config: Callable[..., FinetuneConfig], value: Any, level: str) -> None:
+def test_the_level_is_told(
+    config: Callable[..., FinetuneConfig], value: Any, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart: list[int] = []
+    monkeypatch.setattr(memory, "keep_large_tensors_apart", lambda: apart.append(1))
     settings = config(gradient_checkpointing=value)
     _, said = run(settings)
     assert f"recomputation: {level} (activations of " in said
     assert (told(settings)["level"], told(settings)["rows"], told(settings)["events"]) == (level, 2, [])
+    assert bool(apart) == (level == "full")
+
+
+APART = """
+import torch
+from pathlib import Path
+from halfbyte.recipes.memory import keep_large_tensors_apart
+
+def in_heap(tensor):
+    (heap,) = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]")]
+    first, last = (int(address, 16) for address in heap.split("-"))
+    return first <= tensor.data_ptr() < last
+
+del (freed := [torch.empty(30 << 20, dtype=torch.uint8)])[:]  # from now on glibc takes what is smaller from the heap
+before = in_heap(torch.empty(4 << 20, dtype=torch.uint8))
+keep_large_tensors_apart()
+print(before, in_heap(torch.empty(4 << 20, dtype=torch.uint8)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap is glibc's")
+def test_large_tensors_lie_outside_the_heap() -> None:
+    ran = subprocess.run([sys.executable, "-c", APART], capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == ["True", "False"], ran.stderr
 
 
 def test_auto_recomputes_as_far_as_the_budget_asks_and_the_numbers_stay(
@@ -55,7 +89,7 @@ def test_auto_recomputes_as_far_as_the_budget_asks_and_the_numbers_stay(
 ) -> None:
     def with_spare(name: str, spare: float) -> tuple[bytes, dict[str, Any], str]:
         monkeypatch.setattr(memory, "_spare_bytes", lambda *_: spare + fixed)
-        _, said = run(config(name))
+        _, said = run(config(name, over_budget="try"))
         return adapter_bytes(Path(config(name).output_dir)), told(config(name)), said
 
     fixed = 0.0
@@ -71,15 +105,24 @@ def test_auto_recomputes_as_far_as_the_budget_asks_and_the_numbers_stay(
 
 
 def test_mapped_weights_are_not_there_to_spare(
-    config: Callable[..., FinetuneConfig], monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_spare_bytes", lambda *_: 1e9)
-    run(config("copied"))
-    monkeypatch.setattr(memory, "mapped_bytes", lambda _model: 12_345)
-    run(config("mapped"))
-    run(config("told", max_memory="64 GiB"))  # then they are in the process's memory already
-    copied, mapped, budget = (told(config(name))["budget_bytes"] for name in ("copied", "mapped", "told"))
-    assert (copied - mapped, copied - budget) == (12_345, 0)
+    large = save_model(tmp_path / "16-bit", "llama", hidden_size=256, intermediate_size=2100, head_dim=64)
+    quantize(str(large), str(tmp_path / "4-bit"))
+    budgets = {}
+    for name, plans in (("planned", True), ("measured", False)):
+        with monkeypatch.context() as patch:
+            if not plans:
+                patch.setattr("halfbyte.recipes.finetune.make_plan", lambda *_: None)
+            for kind in ("16-bit", "4-bit"):
+                run(config(f"{name}-{kind}", model_name_or_path=str(tmp_path / kind)))
+                budgets[name, kind] = told(config(f"{name}-{kind}"))["budget_bytes"]
+    mapped = mapped_bytes(load_model(str(tmp_path / "4-bit"))[0])
+    assert mapped > 1e6
+    # A copy is in memory when what is left is asked for, and pages are not.
+    assert budgets["measured", "16-bit"] - budgets["measured", "4-bit"] == mapped
+    assert budgets["planned", "16-bit"] == pytest.approx(budgets["planned", "4-bit"], abs=1e6)
 
 
 def test_max_memory_is_the_budget(config: Callable[..., FinetuneConfig]) -> None:
