@@ -28,7 +28,7 @@ from halfbyte.huggingface.prefetch import prefetch_layers
 from halfbyte.huggingface.quantizer import QUANT_METHOD, QuantizationConfig, first_conversion_error
 from halfbyte.huggingface.safetensors_files import read_safetensors
 from halfbyte.huggingface.source import Source, locate, read_config, reason
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import PackedWeights
 
 _EVERY_MODULE = ".*"  # to skip, where nothing is to be quantized
 
@@ -151,7 +151,7 @@ def _build(
     _check_complete(source, model, report)
     if quantization is not None and _EVERY_MODULE in (quantization.skip_modules or []):
         model.hf_quantizer.remove_quantization_config(model)
-    elif quantization is not None and not any(isinstance(module, Linear4bit) for module in model.modules()):
+    elif quantization is not None and not any(isinstance(module, PackedWeights) for module in model.modules()):
         raise HalfbyteError(f"{source.path} has no linear layer that can be in 4 bits; use quant_type none.")
     model.generation_config = _read_generation_config(source) or model.generation_config
     model.config.name_or_path = source.name

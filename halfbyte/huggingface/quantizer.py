@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -21,13 +21,15 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.huggingface.experts import computes_the_same, replace_experts, warn_of_wide_experts, weights_of_experts
 from halfbyte.huggingface.patch import accelerate_model
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import Experts4bit, Linear4bit, PackedWeights
 from halfbyte.quant import from_keys, quantize_4bit
 
 QUANT_METHOD = "halfbyte"
 # What is replaced. Other subclasses of nn.Linear compute something else; Falcon's differs in its rounding alone.
 _LINEAR = (nn.Linear, FalconLinear)
+_EXPERTS_KEY = "halfbyte_experts_4bit"  # in config.json, beside bitsandbytes' keys, which have none for them
 _conversion_errors: ContextVar[list[HalfbyteError] | None] = ContextVar("conversion_errors", default=None)
 
 
@@ -42,6 +44,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         compute_dtype: the dtype of the products.
         skip_modules: names of linear layers that stay in 16 bits; the output layer and tied ones always do.
         fast: halfbyte's operations in place of the model's own where they compute the same, as for `load_model`.
+        experts: set by loading, and read from a checkpoint: a mixture's experts are in 4 bits, too.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         compute_dtype: torch.dtype | str = torch.bfloat16,
         skip_modules: list[str] | None = None,
         fast: bool = True,
+        experts: bool = False,
         **_: Any,  # from_dict passes quant_method
     ) -> None:
         self.quant_method: Any = QUANT_METHOD
@@ -61,6 +65,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.compute_dtype = getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
         self.skip_modules = skip_modules
         self.fast = fast
+        self.experts = experts
         # How the tensors' names and values become the model's, where it is not by the model's own rules (GGUF).
         self.conversions: list[Any] | None = None
 
@@ -81,6 +86,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
             double_quant=saved.get("bnb_4bit_use_double_quant", False),
             compute_dtype=compute_dtype,
             skip_modules=saved.get("llm_int8_skip_modules"),
+            experts=saved.get(_EXPERTS_KEY) is True,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,6 +100,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "bnb_4bit_compute_dtype": str(self.compute_dtype).removeprefix("torch."),
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": self.skip_modules,
+            **({_EXPERTS_KEY: True} if self.experts else {}),
         }
 
 
@@ -127,7 +134,8 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         module_name, _dot, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(module_name), Linear4bit)
+        module = model.get_submodule(module_name)
+        return isinstance(module, PackedWeights) and leaf in module.shapes
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         # A saved checkpoint's list is the whole list, as bitsandbytes has it; one that a caller gives comes on top of
@@ -141,6 +149,9 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in list(model.named_modules()):
             if not should_convert_module(name, keep):
                 continue
+            if weights_of_experts(module):
+                self._replace_experts(model, name, module)
+                continue
             if isinstance(module, Conv1D):
                 self.transposed.add(f"{name}.weight")
                 in_features, out_features = module.weight.shape
@@ -150,14 +161,37 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             has_bias = module.bias is not None
             model.set_submodule(name, _empty_layer(in_features, out_features, has_bias, self.config, model.dtype))
+        if own or self.config.experts:
+            warn_of_wide_experts(model)
+
+    def _replace_experts(self, model: PreTrainedModel, name: str, module: nn.Module) -> None:
+        if not self.pre_quantized:
+            if not computes_the_same(module):
+                return  # told with all that stays as it is
+            self.config.experts = True
+        if self.config.experts:
+            config = self.config
+            experts = replace_experts(
+                module,
+                quant_type=config.quant_type,
+                block_size=config.block_size,
+                double_quant=config.double_quant,
+                compute_dtype=config.compute_dtype,
+                device="meta",
+            )
+            experts.__dict__["_is_hf_initialized"] = True
+            model.set_submodule(name, experts)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        # Saving reverses a model's conversions; ours are already undone by Linear4bit's state dict.
+        # Saving reverses a model's conversions. Ours are already undone by the state dicts, and what put experts
+        # together cannot take their codes apart.
         own = (Quantize, Deserialize)
+        packed = set(_weights_of_experts(model))
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions or []
             if not any(isinstance(operation, own) for operation in getattr(conversion, "operations", ()))
+            and not (isinstance(conversion, WeightConverter) and _targets(conversion, packed))
         ]
         if self.config.conversions is not None:
             model._weight_conversions = None
@@ -170,6 +204,10 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         if self.config.conversions is not None:
             return self.config.conversions
         converted: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        if self.pre_quantized:
+            (suffixes,) = ([name.removeprefix("weight") for name in names] for names in self.serialized_names.values())
+            for name in _weights_of_experts(model):
+                converted.insert(0, WeightConverter([name + suffix for suffix in suffixes], name, [Deserialize(self)]))
         return converted
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -190,14 +228,16 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         config = self.hf_quantizer.config
         converted: dict[str, Tensor] = {}
         for name, value in input_dict.items():
-            layer = model.get_submodule(name.rpartition(".")[0])
+            module_name, _dot, leaf = name.rpartition(".")
+            layer = model.get_submodule(module_name)
             weight = _only(value)
             if name in self.hf_quantizer.transposed:
                 weight = weight.T
             with _reported(name):
-                _check_shape(weight.shape, layer)
-                layer.quantized = quantize_4bit(weight, config.quant_type, config.block_size, config.double_quant)
-            converted[name] = layer.weight
+                _check_shape(weight.shape, layer, leaf)
+                quantized = quantize_4bit(weight, config.quant_type, config.block_size, config.double_quant)
+                layer.set_quantized(leaf, quantized)
+            converted[name] = getattr(layer, leaf)
         return converted
 
 
@@ -212,26 +252,30 @@ class Deserialize(ConversionOps):  # type: ignore[misc]
         input_dict: dict[str, Any],
         model: PreTrainedModel | None = None,
         full_layer_name: str | None = None,
+        target_patterns: list[str] | None = None,
         **_: Any,
     ) -> dict[str, Any]:
         assert model is not None
         assert full_layer_name is not None
-        layer = model.get_submodule(full_layer_name.rpartition(".")[0])
-        keys = {key.removeprefix("weight."): _only(value) for key, value in input_dict.items()}
+        assert target_patterns
+        module_name, _dot, leaf = full_layer_name.rpartition(".")
+        layer = model.get_submodule(module_name)
+        stem = target_patterns[0]  # `weight`, or experts' own names
+        keys = {key.removeprefix(stem).removeprefix("."): _only(value) for key, value in input_dict.items()}
         with _reported(full_layer_name):
-            packed = keys.pop("weight", None)
+            packed = keys.pop("", None)
             if packed is None:
                 raise HalfbyteError("the codes are missing, though their constants are there.")
-            if not isinstance(layer, Linear4bit):
+            if not isinstance(layer, PackedWeights):
                 if keys:
                     raise HalfbyteError("the weight is in 4 bits, and config.json says that it is not.")
                 return input_dict
             if not keys:
                 raise HalfbyteError("the weight has no constants beside it, and config.json says that it is in 4 bits.")
             quantized = from_keys(full_layer_name, packed, keys)
-            _check_shape(quantized.shape, layer)
-            layer.quantized = quantized
-        return {"weight": layer.weight}
+            _check_shape(quantized.shape, layer, leaf)
+            layer.set_quantized(leaf, quantized)
+        return {stem: getattr(layer, leaf)}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -294,7 +338,23 @@ def _reported(name: str) -> Iterator[None]:
         raise named from error
 
 
-def _check_shape(shape: torch.Size, layer: Linear4bit) -> None:
-    expected = (layer.out_features, layer.in_features)
+def _check_shape(shape: torch.Size, layer: PackedWeights, name: str) -> None:
+    expected = layer.shapes[name]
     if shape != expected:
-        raise HalfbyteError(f"the weight is {tuple(shape)} where config.json asks for {expected}.")
+        raise HalfbyteError(f"the weight is {tuple(shape)} where config.json asks for {tuple(expected)}.")
+
+
+def _weights_of_experts(model: nn.Module) -> list[str]:
+    """`experts.gate_up_proj` and such: the ends of the names of experts' weights."""
+    found = {
+        f"{name.rpartition('.')[2]}.{weight}"
+        for name, module in model.named_modules()
+        if isinstance(module, Experts4bit)
+        for weight in module.shapes
+    }
+    return sorted(found)
+
+
+def _targets(conversion: WeightConverter, names: set[str]) -> bool:
+    """Whether the conversion makes a weight of one of these names."""
+    return any(f".{pattern}".endswith(f".{name}") for pattern in conversion.target_patterns for name in names)

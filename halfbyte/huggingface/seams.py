@@ -25,8 +25,9 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from halfbyte.huggingface.initial import initialize_loftq
 from halfbyte.huggingface.peft import LoraLinear4bit, share_inputs
+from halfbyte.huggingface.peft_experts import LoraExperts4bit
 from halfbyte.huggingface.quantizer import QuantizationConfig, Quantizer
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import Experts4bit, Linear4bit, PackedWeights
 
 _MARK = "halfbyte_wraps"
 
@@ -55,11 +56,11 @@ def _wrap(owner: type, name: str, around: Callable[..., Any], kind: Callable[...
 def _inject_adapter(
     original: Callable[..., None], tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> None:
-    if type(tuner) is not LoraModel or not _layers_of(model, Linear4bit):
+    if type(tuner) is not LoraModel or not _layers_of(model, PackedWeights):
         original(tuner, model, adapter_name, *args, **kwargs)
         return
     config = tuner.peft_config[adapter_name]
-    config._register_custom_module({Linear4bit: LoraLinear4bit})
+    config._register_custom_module({Linear4bit: LoraLinear4bit, Experts4bit: LoraExperts4bit})
     restore_dtypes(model)
     original(tuner, model, adapter_name, *args, **kwargs)
     if next(model.parameters()).is_meta:
@@ -110,8 +111,9 @@ def restore_dtypes(model: nn.Module) -> None:
 
 def _uncounted(model: nn.Module) -> int:
     """Weights that share a byte with another."""
-    layers = _layers_of(model, Linear4bit).values()
-    return sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in layers)
+    layers = _layers_of(model, PackedWeights).values()
+    shapes = [(getattr(layer, name), shape) for layer in layers for name, shape in layer.shapes.items()]
+    return sum(shape.numel() - codes.numel() for codes, shape in shapes)
 
 
 def _layers_of(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:

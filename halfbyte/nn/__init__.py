@@ -2,6 +2,7 @@
 
 from halfbyte.nn.attention import attention
 from halfbyte.nn.dora import row_norms, row_squares
+from halfbyte.nn.experts4bit import Experts4bit
 from halfbyte.nn.gated import gated, gated_halves
 from halfbyte.nn.linear4bit import Linear4bit
 from halfbyte.nn.lora import lora_linear, lora_linears
@@ -13,11 +14,14 @@ from halfbyte.nn.loss import (
     supervised_loss,
 )
 from halfbyte.nn.norm import layer_norm, rms_norm
+from halfbyte.nn.packed import PackedWeights
 from halfbyte.nn.rotary import rotate_queries_and_keys
 
 __all__ = [
+    "Experts4bit",
     "Linear4bit",
     "LogitTransform",
+    "PackedWeights",
     "attention",
     "count_supervised",
     "gated",

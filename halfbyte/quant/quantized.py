@@ -106,6 +106,26 @@ class QuantizedTensor:
             return self.absmax.codes, nested
         return self.absmax, None
 
+    def part(self, index: int) -> "QuantizedTensor | Tensor":
+        """`self[index]`: in 4 bits and in the same memory where it begins with a block, else dequantized, in float32.
+
+        Where the part's absmax do not begin with a block of their own, they alone are dequantized.
+        """
+        shape = self.shape[1:]
+        n = math.prod(shape)
+        begin, end = index * n, (index + 1) * n
+        first, last = begin // self.block_size, formats.block_count(end, self.block_size)
+        start = first * self.block_size
+        stop = min(last * self.block_size, math.prod(self.shape))
+        packed = self.packed.view(-1, 1)[start // 2 : (stop + 1) // 2]
+        absmax = _absmax_of_blocks(self.absmax, first, last)
+        if start == begin and (stop == end or end % self.block_size == 0):
+            return QuantizedTensor(packed, absmax, shape, self.dtype, self.quant_type, self.block_size)
+        around = QuantizedTensor(
+            packed, absmax, torch.Size((stop - start,)), self.dtype, self.quant_type, self.block_size
+        )
+        return around.dequantize(torch.float32)[begin - start : end - start].view(shape)
+
     @property
     def codebook(self) -> Tensor:
         """`(16,)` float32 on the device of the codes."""
@@ -119,6 +139,20 @@ class QuantizedTensor:
     @property
     def bits_per_parameter(self) -> float:
         return 8 * self.nbytes / max(1, math.prod(self.shape))
+
+
+def _absmax_of_blocks(absmax: Tensor | DoubleQuantized, first: int, last: int) -> Tensor | DoubleQuantized:
+    """Of blocks `first` to `last`: the same memory if it can be."""
+    if not isinstance(absmax, DoubleQuantized):
+        return absmax[first:last]
+    outer = formats.NESTED_BLOCK_SIZE
+    start = first // outer
+    around = DoubleQuantized(
+        absmax.codes[start * outer : last],
+        absmax.absmax[start : formats.block_count(last, outer)],
+        absmax.offset,
+    )
+    return around if first % outer == 0 else around.dequantize()[first - start * outer :]
 
 
 def matmul_sum(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from halfbyte import Linear4bit
+from halfbyte.nn import PackedWeights
 from models import VOCABULARY_SIZE
 
 INPUT_IDS = torch.arange(2 * 9).view(2, 9) * 7 % (VOCABULARY_SIZE - 3)
@@ -26,11 +26,10 @@ def dense_base(model: PreTrainedModel) -> PreTrainedModel:
     dense = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
     state = {}
     for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            weight = module.quantized.dequantize(torch.float32)
-            state[f"{name}.weight"] = weight.T if isinstance(dense.get_submodule(name), Conv1D) else weight
-            if module.bias is not None:
-                state[f"{name}.bias"] = module.bias
+        if isinstance(module, PackedWeights):
+            for own, quantized in module.all_quantized.items():
+                weight = quantized.dequantize(torch.float32)
+                state[f"{name}.{own}"] = weight.T if isinstance(dense.get_submodule(name), Conv1D) else weight
     others = {name: t for name, t in model.state_dict().items() if name in dense.state_dict() and name not in state}
     dense.load_state_dict(others | state)
     return dense.eval()
