@@ -72,7 +72,7 @@ class Experts4bit(PackedWeights):
         y = self.activate(self, self._product(self.up_name, x, experts, counts))
         y = self._product(self.down_name, y, experts, counts)
         y = y * top_k_weights.flatten()[order, None]
-        y = y.index_select(0, order.argsort()).view(*top_k_index.shape, -1).sum(1)
+        y = y.index_select(0, order.argsort()).view(*top_k_index.shape, y.shape[1]).sum(1)
         return y.to(hidden_states.dtype)
 
     def _product(self, name: str, x: Tensor, experts: Tensor, counts: list[int]) -> Tensor:
@@ -121,8 +121,9 @@ class _ExpertProducts(torch.autograd.Function):
         in_features = quantized.shape[1 if is_transposed else 2]
         dx = dy.new_empty(dy.shape[0], in_features) if ctx.needs_input_grad[0] else None
         dA = dB = None
-        if ctx.saved_tensors:
-            x, t, lora_A, lora_B = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint computes them when they are asked for
+        if saved:
+            x, t, lora_A, lora_B = saved
             dA, dB = torch.zeros_like(lora_A), torch.zeros_like(lora_B)  # of experts that nobody chose, too
         for expert, rows in _rows(ctx.counts):
             low_rank = None
