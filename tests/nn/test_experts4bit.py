@@ -123,9 +123,9 @@ def test_its_state_is_bitsandbytes_keys_and_comes_back(double_quant: bool) -> No
     for again in (other, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert again.state_dict().keys() == state.keys()
         assert all(torch.equal(again.state_dict()[key], state[key]) for key in state)
-    with pytest.raises(RuntimeError, match="Missing key.*down_proj_bias"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*down_proj_bias"):
         other.load_state_dict({key: tensor for key, tensor in state.items() if key != "down_proj_bias"})
-    with pytest.raises(RuntimeError, match="Unexpected key.*other"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*other"):
         other.load_state_dict(state | {"other": torch.zeros(1)})
     assert all(t.dtype in (torch.uint8, torch.float32) for t in module.bfloat16().packed_constants)
 
