@@ -139,12 +139,14 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         # A saved checkpoint's list is the whole list, as bitsandbytes has it; one that a caller gives comes on top of
-        # the output layer and the tied ones.
+        # the output layer, the tied ones, and what stands on the model for a task, which is trained anew.
         own = not self.pre_quantized
         keep = self.get_modules_to_not_convert(
             model, self.config.skip_modules, model._keep_in_fp32_modules, add_default_skips=own
         )
-        if own and self.config.skip_modules is not None:
+        heads = [name for name in _heads(model) if should_convert_module(name, keep)] if own else []
+        keep += heads
+        if own and (heads or self.config.skip_modules is not None):
             self.config.skip_modules = sorted(keep)
         for name, module in list(model.named_modules()):
             if not should_convert_module(name, keep):
@@ -342,6 +344,15 @@ def _check_shape(shape: torch.Size, layer: PackedWeights, name: str) -> None:
     expected = layer.shapes[name]
     if shape != expected:
         raise HalfbyteError(f"the weight is {tuple(shape)} where config.json asks for {tuple(expected)}.")
+
+
+def _heads(model: PreTrainedModel) -> list[str]:
+    """The linear layers that stand on the model proper: those of a classifier, however it calls them."""
+    if model.base_model is model:
+        return []
+    within = f"{model.base_model_prefix}."
+    linears = [name for name, module in model.named_modules() if type(module) in _LINEAR]
+    return [name for name in linears if not name.startswith(within)]
 
 
 def _weights_of_experts(model: nn.Module) -> list[str]:
