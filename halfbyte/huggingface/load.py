@@ -42,6 +42,8 @@ def load_model(
     device: torch.device | str = "cpu",
     fast: bool = True,
     mapped: bool = True,
+    quantize_embeddings: bool = False,
+    quantize_output_layer: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any causal language model that transformers knows, its linear layers in 4 bits.
 
@@ -59,6 +61,7 @@ def load_model(
             it is found to compute the same; `replacements_of(model)` tells which.
         mapped: false for a 4-bit checkpoint in memory of the process's own: to write to its weights in place, which
             ends the process where they are mapped, or where its files are on a disk that may go away.
+        quantize_embeddings, quantize_output_layer: these in 4 bits, too; where they are one tensor, both or neither.
 
     Raises:
         HalfbyteError: no such model, an unknown architecture, a missing or broken file or tensor, a weight
@@ -70,7 +73,15 @@ def load_model(
     quantization = None
     if quant_type != "none":
         # What replaces the model's operations looks at weights, which are to be in their place then: done below.
-        quantization = QuantizationConfig(quant_type, block_size, double_quant, compute_dtype, fast=False)
+        quantization = QuantizationConfig(
+            quant_type,
+            block_size,
+            double_quant,
+            compute_dtype,
+            fast=False,
+            quantize_embeddings=quantize_embeddings,
+            quantize_output_layer=quantize_output_layer,
+        )
     saved = getattr(config, "quantization_config", None)
     files: list[MappedFile] = []
     lender = None

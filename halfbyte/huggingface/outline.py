@@ -46,6 +46,8 @@ def outline_model(
     block_size: int = 64,
     double_quant: bool = True,
     compute_dtype: torch.dtype = torch.bfloat16,
+    quantize_embeddings: bool = False,
+    quantize_output_layer: bool = False,
 ) -> PeftModel:
     """The model that `load_model` and `add_lora` would make, with shapes and no numbers; no weight is read.
 
@@ -64,7 +66,14 @@ def outline_model(
         except HalfbyteError as error:
             raise HalfbyteError(f"{source.directory}/{error}") from error
     elif quant_type != "none":
-        quantization = QuantizationConfig(quant_type, block_size, double_quant, compute_dtype)
+        quantization = QuantizationConfig(
+            quant_type,
+            block_size,
+            double_quant,
+            compute_dtype,
+            quantize_embeddings=quantize_embeddings,
+            quantize_output_layer=quantize_output_layer,
+        )
     model = build_on_meta(source, config, compute_dtype)
     if quantization is not None:
         quantizer = Quantizer(quantization, pre_quantized=saved is not None)
@@ -76,7 +85,7 @@ def outline_model(
 def take_inventory(model: PeftModel) -> Inventory:
     """Count what an outline, or a real model, holds."""
     base = model.get_base_model()
-    packed = [module for module in model.modules() if isinstance(module, PackedWeights)]
+    packed = [module for module in model.modules() if isinstance(module, PackedWeights) and not module.is_tied]
     sizes = [shape.numel() for layer in packed for shape in layer.shapes.values()]
     in_4_bits = [
         quantized_bytes(shape.numel(), layer.block_size, layer.double_quant)
@@ -119,7 +128,7 @@ def count_mapped_bytes(model_name_or_path: str, outline: PeftModel) -> int:
     config = read_config(locate(model_name_or_path, with_weights=False))
     if getattr(config, "quantization_config", None) is None:
         return 0
-    packed = [module for module in outline.modules() if isinstance(module, PackedWeights)]
+    packed = [module for module in outline.modules() if isinstance(module, PackedWeights) and not module.is_tied]
     codes = {id(getattr(layer, name)) for layer in packed for name in layer.shapes}
     sizes = []
     for layer in packed:

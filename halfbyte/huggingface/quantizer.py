@@ -23,13 +23,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.experts import computes_the_same, replace_experts, warn_of_wide_experts, weights_of_experts
 from halfbyte.huggingface.patch import accelerate_model
-from halfbyte.nn import Experts4bit, Linear4bit, PackedWeights
+from halfbyte.nn import Embedding4bit, Experts4bit, Linear4bit, PackedWeights
 from halfbyte.quant import from_keys, quantize_4bit
 
 QUANT_METHOD = "halfbyte"
 # What is replaced. Other subclasses of nn.Linear compute something else; Falcon's differs in its rounding alone.
 _LINEAR = (nn.Linear, FalconLinear)
-_EXPERTS_KEY = "halfbyte_experts_4bit"  # in config.json, beside bitsandbytes' keys, which have none for them
+# In config.json, beside bitsandbytes' keys, which have none for them.
+_EXPERTS_KEY, _EMBEDDINGS_KEY = "halfbyte_experts_4bit", "halfbyte_embeddings_4bit"
 _conversion_errors: ContextVar[list[HalfbyteError] | None] = ContextVar("conversion_errors", default=None)
 
 
@@ -44,6 +45,8 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         compute_dtype: the dtype of the products.
         skip_modules: names of linear layers that stay in 16 bits; the output layer and tied ones always do.
         fast: halfbyte's operations in place of the model's own where they compute the same, as for `load_model`.
+        quantize_embeddings: the table of the input's tokens, too; bitsandbytes does not open such a checkpoint.
+        quantize_output_layer: the output layer, too. Where the two are one tensor, both or neither.
         experts: set by loading, and read from a checkpoint: a mixture's experts are in 4 bits, too.
     """
 
@@ -55,6 +58,8 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         compute_dtype: torch.dtype | str = torch.bfloat16,
         skip_modules: list[str] | None = None,
         fast: bool = True,
+        quantize_embeddings: bool = False,
+        quantize_output_layer: bool = False,
         experts: bool = False,
         **_: Any,  # from_dict passes quant_method
     ) -> None:
@@ -65,6 +70,8 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.compute_dtype = getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
         self.skip_modules = skip_modules
         self.fast = fast
+        self.quantize_embeddings = quantize_embeddings
+        self.quantize_output_layer = quantize_output_layer  # in a checkpoint, what it skips says so
         self.experts = experts
         # How the tensors' names and values become the model's, where it is not by the model's own rules (GGUF).
         self.conversions: list[Any] | None = None
@@ -86,6 +93,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
             double_quant=saved.get("bnb_4bit_use_double_quant", False),
             compute_dtype=compute_dtype,
             skip_modules=saved.get("llm_int8_skip_modules"),
+            quantize_embeddings=saved.get(_EMBEDDINGS_KEY) is True,
             experts=saved.get(_EXPERTS_KEY) is True,
         )
 
@@ -101,6 +109,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": self.skip_modules,
             **({_EXPERTS_KEY: True} if self.experts else {}),
+            **({_EMBEDDINGS_KEY: True} if self.quantize_embeddings else {}),
         }
 
 
@@ -144,15 +153,21 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         keep = self.get_modules_to_not_convert(
             model, self.config.skip_modules, model._keep_in_fp32_modules, add_default_skips=own
         )
-        heads = [name for name in _heads(model) if should_convert_module(name, keep)] if own else []
-        keep += heads
-        if own and (heads or self.config.skip_modules is not None):
-            self.config.skip_modules = sorted(keep)
+        if own:
+            heads = [name for name in _heads(model) if should_convert_module(name, keep)]
+            asked = self._asked_for(model)
+            keep = [name for name in keep + heads if name not in asked]
+            if heads or asked or self.config.skip_modules is not None:
+                self.config.skip_modules = sorted(keep)
+        table = model.get_input_embeddings() if self.config.quantize_embeddings else None
         for name, module in list(model.named_modules()):
             if not should_convert_module(name, keep):
                 continue
             if weights_of_experts(module):
                 self._replace_experts(model, name, module)
+                continue
+            if module is table:
+                model.set_submodule(name, _empty_embedding(table, self.config))
                 continue
             if isinstance(module, Conv1D):
                 self.transposed.add(f"{name}.weight")
@@ -165,6 +180,20 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
             model.set_submodule(name, _empty_layer(in_features, out_features, has_bias, self.config, model.dtype))
         if own or self.config.experts:
             warn_of_wide_experts(model)
+        _tie_output_layer(model)
+
+    def _asked_for(self, model: PreTrainedModel) -> set[str]:
+        """The names of the embedding and of the output layer, as far as they are to be in 4 bits."""
+        names = {id(module): name for name, module in model.named_modules()}
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        wanted = self.config.quantize_embeddings, self.config.quantize_output_layer
+        if wanted[0] != wanted[1] and head is not None and _is_one(model, names[id(head)]):
+            raise HalfbyteError(
+                "The embedding and the output layer of this model are one tensor;"
+                " set both quantize_embeddings and quantize_output_layer, or neither."
+            )
+        found = (module for module, is_wanted in zip((table, head), wanted, strict=True) if is_wanted)
+        return {names[id(module)] for module in found if module is not None}
 
     def _replace_experts(self, model: PreTrainedModel, name: str, module: nn.Module) -> None:
         if not self.pre_quantized:
@@ -197,6 +226,11 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         ]
         if self.config.conversions is not None:
             model._weight_conversions = None
+        _tie_output_layer(model)
+        table = model.get_input_embeddings()
+        if isinstance(table, Embedding4bit) and table._non_persistent_buffers_set:
+            # transformers makes a class's buffers anew when it has loaded it, and does not know this one.
+            model._init_weights(table.as_kind(torch.zeros(1, table.embedding_dim)))
         parameters = model.named_parameters()
         self.loaded_dtypes = {name: tensor.dtype for name, tensor in parameters if tensor.is_floating_point()}
         if self.config.fast:
@@ -307,6 +341,27 @@ def _empty_layer(
     return layer
 
 
+def _empty_embedding(table: nn.Embedding, config: QuantizationConfig) -> Embedding4bit:
+    embedding = Embedding4bit(
+        table.num_embeddings,
+        table.embedding_dim,
+        table.padding_idx,
+        kind=type(table),
+        quant_type=config.quant_type,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+        compute_dtype=config.compute_dtype,
+        device="meta",
+    )
+    own = vars(embedding)
+    for name, value in vars(table).items():
+        own.setdefault(name, value)
+    embedding._buffers.update(table._buffers)  # a scale, in classes that have one
+    embedding._non_persistent_buffers_set |= table._non_persistent_buffers_set
+    own["_is_hf_initialized"] = True
+    return embedding
+
+
 def _only(value: Tensor | list[Tensor]) -> Tensor:
     return value[0] if isinstance(value, list) else value
 
@@ -344,6 +399,20 @@ def _check_shape(shape: torch.Size, layer: PackedWeights, name: str) -> None:
     expected = layer.shapes[name]
     if shape != expected:
         raise HalfbyteError(f"the weight is {tuple(shape)} where config.json asks for {tuple(expected)}.")
+
+
+def _is_one(model: PreTrainedModel, output_layer: str) -> bool:
+    """Whether the output layer's weight is another's."""
+    return f"{output_layer}.weight" in model.all_tied_weights_keys
+
+
+def _tie_output_layer(model: PreTrainedModel) -> None:
+    """Where embedding and output layer are one tensor, and that is in 4 bits, its constants are one as well."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(table, Embedding4bit) and isinstance(head, Linear4bit):
+        names = {id(module): name for name, module in model.named_modules()}
+        if _is_one(model, names[id(head)]):
+            head.tie(table)
 
 
 def _heads(model: PreTrainedModel) -> list[str]:

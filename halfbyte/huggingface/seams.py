@@ -1,13 +1,14 @@
-"""Where transformers and PEFT have no seam: four functions of theirs, wrapped for models with layers in 4 bits.
+"""Where transformers and PEFT have no seam: five functions of theirs, wrapped for models with layers in 4 bits.
 
 | function | so that |
 | --- | --- |
 | `LoraModel.inject_adapter` | PEFT's own `get_peft_model`, `add_adapter` and `from_pretrained` put our LoRA layers on |
 | `PeftModel.get_nb_trainable_parameters` | `print_trainable_parameters` counts weights and not bytes of codes |
 | `PreTrainedModel.num_parameters` | so does transformers |
+| `PreTrainedModel.resize_token_embeddings` | new tokens are not made of codes: refused where the table is in 4 bits |
 | `AutoHfQuantizer.merge_quantization_configs` | our configuration may open a checkpoint that says bitsandbytes |
 
-PEFT has a registry of custom layers, but on each configuration, which a user makes. All four do what they did for a
+PEFT has a registry of custom layers, but on each configuration, which a user makes. All five do what they did for a
 model without such layers, and are looked up on their classes, so it does not matter who was imported first.
 docs/decisions/0016 has what else was considered.
 """
@@ -23,20 +24,24 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.initial import initialize_loftq
 from halfbyte.huggingface.peft import LoraLinear4bit, share_inputs
+from halfbyte.huggingface.peft_embedding import LoraEmbedding4bit
 from halfbyte.huggingface.peft_experts import LoraExperts4bit
 from halfbyte.huggingface.quantizer import QuantizationConfig, Quantizer
-from halfbyte.nn import Experts4bit, Linear4bit, PackedWeights
+from halfbyte.nn import Embedding4bit, Experts4bit, Linear4bit, PackedWeights
 
 _MARK = "halfbyte_wraps"
+_LORA_LAYERS = {Linear4bit: LoraLinear4bit, Embedding4bit: LoraEmbedding4bit, Experts4bit: LoraExperts4bit}
 
 
 def install() -> None:
-    """Wrap the four functions, once."""
+    """Wrap the five functions, once."""
     _wrap(LoraModel, "inject_adapter", _inject_adapter)
     _wrap(PeftModel, "get_nb_trainable_parameters", _get_nb_trainable_parameters)
     _wrap(PreTrainedModel, "num_parameters", _num_parameters)
+    _wrap(PreTrainedModel, "resize_token_embeddings", _resize_token_embeddings)
     _wrap(AutoHfQuantizer, "merge_quantization_configs", _merge_quantization_configs, kind=staticmethod)
 
 
@@ -60,7 +65,8 @@ def _inject_adapter(
         original(tuner, model, adapter_name, *args, **kwargs)
         return
     config = tuner.peft_config[adapter_name]
-    config._register_custom_module({Linear4bit: LoraLinear4bit, Experts4bit: LoraExperts4bit})
+    config._register_custom_module(_LORA_LAYERS)
+    _check_whole_layers(model, config)
     restore_dtypes(model)
     original(tuner, model, adapter_name, *args, **kwargs)
     if next(model.parameters()).is_meta:
@@ -84,12 +90,36 @@ def _num_parameters(
     return counted if only_trainable else counted + _uncounted(model)
 
 
+def _resize_token_embeddings(
+    original: Callable[..., Any], model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_new = args or kwargs or (new_num_tokens is not None and new_num_tokens != table.num_embeddings)
+    if is_new and any(isinstance(getattr(m, "base_layer", m), PackedWeights) for m in (table, head)):
+        raise HalfbyteError(
+            "Tokens cannot be added where the embedding or the output layer is in 4 bits;"
+            " load the model without quantize_embeddings and quantize_output_layer."
+        )
+    return original(model, new_num_tokens, *args, **kwargs)
+
+
 def _merge_quantization_configs(original: Callable[..., Any], saved: Any, given: Any = None) -> Any:
     if not isinstance(given, QuantizationConfig):
         return original(saved, given)
     read = QuantizationConfig.from_bitsandbytes(saved if isinstance(saved, dict) else saved.to_dict(), torch.bfloat16)
     read.compute_dtype, read.fast = given.compute_dtype, given.fast
     return read
+
+
+def _check_whole_layers(model: nn.Module, config: Any) -> None:
+    """Raises HalfbyteError where a layer in 4 bits is to be trained as a whole, or rows of one."""
+    whole = list(config.modules_to_save or [])
+    rows = config.trainable_token_indices
+    whole += list(rows) if isinstance(rows, dict) else ["embed_tokens"] if rows else []
+    for name, module in model.named_modules():
+        ends = [key for key in whole if name == key or name.endswith(f".{key}")]
+        if ends and any(isinstance(inner, PackedWeights) for inner in module.modules()):
+            raise HalfbyteError(f"{name} is in 4 bits, so that it can have an adapter, and cannot be trained itself.")
 
 
 def restore_dtypes(model: nn.Module) -> None:
@@ -111,7 +141,7 @@ def restore_dtypes(model: nn.Module) -> None:
 
 def _uncounted(model: nn.Module) -> int:
     """Weights that share a byte with another."""
-    layers = _layers_of(model, PackedWeights).values()
+    layers = [layer for layer in _layers_of(model, PackedWeights).values() if not layer.is_tied]
     shapes = [(getattr(layer, name), shape) for layer in layers for name, shape in layer.shapes.items()]
     return sum(shape.numel() - codes.numel() for codes, shape in shapes)
 

@@ -2,6 +2,7 @@
 
 from halfbyte.nn.attention import attention
 from halfbyte.nn.dora import row_norms, row_squares
+from halfbyte.nn.embedding4bit import Embedding4bit
 from halfbyte.nn.experts4bit import Experts4bit
 from halfbyte.nn.gated import gated, gated_halves
 from halfbyte.nn.linear4bit import Linear4bit
@@ -18,6 +19,7 @@ from halfbyte.nn.packed import PackedWeights
 from halfbyte.nn.rotary import rotate_queries_and_keys
 
 __all__ = [
+    "Embedding4bit",
     "Experts4bit",
     "Linear4bit",
     "LogitTransform",

@@ -38,6 +38,7 @@ class PackedWeights(nn.Module):
         self._constants = {name: _constant_names(name) for name in shapes}
         self.weight_dtypes = dict.fromkeys(shapes, compute_dtype)
         self.nested_offsets = dict.fromkeys(shapes, 0.0)
+        self.is_tied = False  # the weight is another module's, which writes its constants
         self.quant_type, self.block_size, self.double_quant = quant_type, block_size, double_quant
         self.compute_dtype = compute_dtype
         for name, shape in shapes.items():
@@ -71,6 +72,13 @@ class PackedWeights(nn.Module):
         setattr(self, nested_absmax, nested.absmax if nested else None)
         self.nested_offsets[name] = nested.offset if nested else 0.0
 
+    def tie(self, other: "PackedWeights") -> None:
+        """Have the weight of another module, which has one of the same shape, for this module's own."""
+        if other.packed_constants:
+            self.set_quantized("weight", other.get_quantized("weight"))
+        self.register_parameter("weight", other.get_parameter("weight"))
+        self.is_tied = True
+
     @property
     def all_quantized(self) -> dict[str, QuantizedTensor]:
         """Every weight by its name."""
@@ -102,6 +110,8 @@ class PackedWeights(nn.Module):
                 continue
             for constant in (absmax, nested_absmax):
                 destination.pop(prefix + constant, None)
+            if self.is_tied:
+                continue
             for suffix, tensor in to_keys(self.get_quantized(name)).items():
                 destination[f"{prefix}{name}.{suffix}"] = tensor
 

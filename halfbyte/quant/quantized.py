@@ -170,6 +170,28 @@ def matmul_sum(
     return ops.matmul_4bit_sum(terms, first.codebook, first.block_size, first.shape[1], low_rank, dropout)
 
 
+def take_rows(
+    weight: QuantizedTensor,  # (rows, width)
+    index: Tensor,  # (n,) int64
+    dtype: torch.dtype,
+) -> Tensor:  # (n, width)
+    """`weight.dequantize(dtype)[index]`, of which no more is dequantized where a row is whole blocks."""
+    rows, width = weight.shape
+    size = weight.block_size
+    if width % size:
+        return weight.dequantize(dtype)[index]
+    absmax = weight.absmax
+    if isinstance(absmax, DoubleQuantized):
+        blocks = (index[:, None] * (width // size) + torch.arange(width // size, device=index.device)).flatten()
+        outer = absmax.absmax[blocks // formats.NESTED_BLOCK_SIZE]
+        chosen = codebook_8bit(absmax.codes.device)[absmax.codes[blocks].int()] * outer + absmax.offset
+    else:
+        chosen = absmax.view(rows, -1)[index].flatten()
+    packed = weight.packed.view(rows, width // 2)[index].view(-1, 1)
+    shape = torch.Size((len(index), width))
+    return QuantizedTensor(packed, chosen, shape, weight.dtype, weight.quant_type, size).dequantize(dtype)
+
+
 def quantize_4bit(
     weight: Tensor,
     quant_type: str = "nf4",

@@ -55,7 +55,7 @@ def quantize(
     model, tokenizer = load_model(
         model_name_or_path, quant_type, block_size, double_quant, getattr(torch, compute_dtype)
     )
-    layers = [module for module in model.modules() if isinstance(module, PackedWeights)]
+    layers = [module for module in model.modules() if isinstance(module, PackedWeights) and not module.is_tied]
     weights = [quantized for layer in layers for quantized in layer.all_quantized.values()]
     quantized_parameters = sum(weight.shape.numel() for weight in weights)
     quantized_bytes = sum(weight.nbytes for weight in weights)

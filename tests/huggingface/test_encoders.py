@@ -1,4 +1,4 @@
-"""Encoders and encoder-decoders: loaded in 4 bits, with gradients of the dense model's, trained, saved and read again."""
+"""Encoders and encoder-decoders: in 4 bits, with gradients of the dense model, trained, saved and read again."""
 
 import copy
 from pathlib import Path
