@@ -30,6 +30,8 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": VOCABULARY_SIZE - 3,
     "eos_token_id": VOCABULARY_SIZE - 2,
 }
+# Of whose names each architecture has its own.
+_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 
 # model_type -> what its configuration has beside the sizes, or instead of them. Between them: tied and untied output
@@ -47,7 +49,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 56, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False},
     "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "gpt_oss": _EXPERTS | {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
 
 

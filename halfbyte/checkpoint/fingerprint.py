@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import PackedWeights
 from halfbyte.quant import to_keys
 
 
@@ -21,8 +21,9 @@ def weights_sha256(model: nn.Module) -> str:
         if "lora_" in name:
             continue
         tensors = list(module.parameters(recurse=False))
-        if isinstance(module, Linear4bit):
-            tensors += to_keys(module.quantized).values()
+        if isinstance(module, PackedWeights):
+            for quantized in module.all_quantized.values():
+                tensors += to_keys(quantized).values()
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -6,7 +6,10 @@ from halfbyte.huggingface.load import load_model, load_tokenizer
 from halfbyte.huggingface.patch import Replacement, accelerate_model, describe_replacements, replacements_of
 from halfbyte.huggingface.peft import add_lora
 from halfbyte.huggingface.quantizer import QuantizationConfig
+from halfbyte.huggingface.seams import install
 from halfbyte.huggingface.tokenizer import prepare_tokenizer
+
+install()
 
 __all__ = [
     "QuantizationConfig",

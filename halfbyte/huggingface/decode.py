@@ -215,7 +215,7 @@ def _linear(module: Any) -> DecodeLinear | None:
     if type(module) is LoraLinear4bit:
         adapters = [name for name in module.active_adapters if name in module.lora_A]
         if adapters and not module.disable_adapters and not module.merged:
-            adapter = module._plain_adapter({})
+            adapter = module.plain_adapter()
             if adapter is None:
                 return None
             lora_A, lora_B = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()

@@ -28,7 +28,7 @@ from halfbyte.huggingface.prefetch import prefetch_layers
 from halfbyte.huggingface.quantizer import QUANT_METHOD, QuantizationConfig, first_conversion_error
 from halfbyte.huggingface.safetensors_files import read_safetensors
 from halfbyte.huggingface.source import Source, locate, read_config, reason
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import PackedWeights
 
 _EVERY_MODULE = ".*"  # to skip, where nothing is to be quantized
 
@@ -42,6 +42,8 @@ def load_model(
     device: torch.device | str = "cpu",
     fast: bool = True,
     mapped: bool = True,
+    quantize_embeddings: bool = False,
+    quantize_output_layer: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any causal language model that transformers knows, its linear layers in 4 bits.
 
@@ -59,6 +61,7 @@ def load_model(
             it is found to compute the same; `replacements_of(model)` tells which.
         mapped: false for a 4-bit checkpoint in memory of the process's own: to write to its weights in place, which
             ends the process where they are mapped, or where its files are on a disk that may go away.
+        quantize_embeddings, quantize_output_layer: these in 4 bits, too; where they are one tensor, both or neither.
 
     Raises:
         HalfbyteError: no such model, an unknown architecture, a missing or broken file or tensor, a weight
@@ -69,7 +72,16 @@ def load_model(
     tokenizer = load_tokenizer(source)
     quantization = None
     if quant_type != "none":
-        quantization = QuantizationConfig(quant_type, block_size, double_quant, compute_dtype)
+        # What replaces the model's operations looks at weights, which are to be in their place then: done below.
+        quantization = QuantizationConfig(
+            quant_type,
+            block_size,
+            double_quant,
+            compute_dtype,
+            fast=False,
+            quantize_embeddings=quantize_embeddings,
+            quantize_output_layer=quantize_output_layer,
+        )
     saved = getattr(config, "quantization_config", None)
     files: list[MappedFile] = []
     lender = None
@@ -78,7 +90,9 @@ def load_model(
         tensors, conversions = read_gguf_tensors(source.gguf_file, config, model_class, compute_dtype)
         if conversions:
             # The quantizer is what hands conversions to transformers, so it is there even if it quantizes nothing.
-            quantization = quantization or QuantizationConfig(compute_dtype=compute_dtype, skip_modules=[_EVERY_MODULE])
+            quantization = quantization or QuantizationConfig(
+                compute_dtype=compute_dtype, skip_modules=[_EVERY_MODULE], fast=False
+            )
             quantization.conversions = conversions
     elif saved is not None and mapped and torch.device(device).type == "cpu":
         tensors, files = map_safetensors(source.directory)
@@ -93,7 +107,7 @@ def load_model(
         except HalfbyteError as error:
             raise HalfbyteError(f"{source.directory}/{error}") from error
         # transformers wants a dictionary here, and then takes the checkpoint as quantized already
-        config.quantization_config = {"quant_method": QUANT_METHOD, **vars(read)}
+        config.quantization_config = {"quant_method": QUANT_METHOD, **vars(read), "fast": False}
         quantization = None
     model = _build(source, config, tensors, quantization, compute_dtype, device)
     if lender is not None:
@@ -148,7 +162,7 @@ def _build(
     _check_complete(source, model, report)
     if quantization is not None and _EVERY_MODULE in (quantization.skip_modules or []):
         model.hf_quantizer.remove_quantization_config(model)
-    elif quantization is not None and not any(isinstance(module, Linear4bit) for module in model.modules()):
+    elif quantization is not None and not any(isinstance(module, PackedWeights) for module in model.modules()):
         raise HalfbyteError(f"{source.path} has no linear layer that can be in 4 bits; use quant_type none.")
     model.generation_config = _read_generation_config(source) or model.generation_config
     model.config.name_or_path = source.name

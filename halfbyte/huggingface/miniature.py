@@ -24,7 +24,7 @@ from halfbyte.huggingface.outline import decoder_layers, kinds_of_layers, values
 from halfbyte.huggingface.patch import accelerate_model
 from halfbyte.huggingface.peft import share_inputs
 from halfbyte.huggingface.recompute import peak_activation_bytes, probe_activations, set_recomputation
-from halfbyte.nn import Linear4bit, supervised_loss
+from halfbyte.nn import PackedWeights, supervised_loss
 from halfbyte.optim import AdamW
 from halfbyte.quant import DoubleQuantized, QuantizedTensor
 
@@ -190,8 +190,9 @@ def _fill(model: nn.Module) -> None:
         return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 
     for module in model.modules():
-        if isinstance(module, Linear4bit) and module.weight.device.type == "meta":
-            module.quantized = _constant_weight(module, zeros)
+        if isinstance(module, PackedWeights):
+            for name in [name for name in module.shapes if getattr(module, name).is_meta]:
+                module.set_quantized(name, _constant_weight(module, name, zeros))
     made: dict[int, nn.Parameter] = {}  # a tied weight stays one
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -213,14 +214,16 @@ def _numbers(like: Tensor, zeros: Callable[[tuple[int, ...], torch.dtype], Tenso
     return torch.ones(shape, dtype=like.dtype) if like.ndim <= 1 else zeros(shape, like.dtype)
 
 
-def _constant_weight(layer: Linear4bit, zeros: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> QuantizedTensor:
+def _constant_weight(
+    layer: PackedWeights, name: str, zeros: Callable[[tuple[int, ...], torch.dtype], Tensor]
+) -> QuantizedTensor:
     """Codes of zero, which NF4 has as -1, times one scale for all blocks."""
-    shape = torch.Size((layer.out_features, layer.in_features))
+    shape = layer.shapes[name]
     blocks = -(-shape.numel() // layer.block_size)
     absmax: Tensor | DoubleQuantized
     if layer.double_quant:
         absmax = DoubleQuantized(zeros((blocks,), torch.uint8), zeros((-(-blocks // 256),), torch.float32), _WEIGHT)
     else:
         absmax = torch.full((blocks,), _WEIGHT)
-    packed = zeros(tuple(layer.weight.shape), torch.uint8)
+    packed = zeros(tuple(getattr(layer, name).shape), torch.uint8)
     return QuantizedTensor(packed, absmax, shape, layer.compute_dtype, layer.quant_type, layer.block_size)

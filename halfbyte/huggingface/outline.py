@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from halfbyte import formats
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.load import build_on_meta
-from halfbyte.huggingface.peft import wrap_model
+from halfbyte.huggingface.peft import add_lora
 from halfbyte.huggingface.quantizer import QuantizationConfig, Quantizer
 from halfbyte.huggingface.safetensors_files import LARGE_BYTES
 from halfbyte.huggingface.source import locate, read_config
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import Experts4bit, PackedWeights
 from halfbyte.quant import quantized_bytes
 
 
@@ -46,6 +46,8 @@ def outline_model(
     block_size: int = 64,
     double_quant: bool = True,
     compute_dtype: torch.dtype = torch.bfloat16,
+    quantize_embeddings: bool = False,
+    quantize_output_layer: bool = False,
 ) -> PeftModel:
     """The model that `load_model` and `add_lora` would make, with shapes and no numbers; no weight is read.
 
@@ -64,27 +66,34 @@ def outline_model(
         except HalfbyteError as error:
             raise HalfbyteError(f"{source.directory}/{error}") from error
     elif quant_type != "none":
-        quantization = QuantizationConfig(quant_type, block_size, double_quant, compute_dtype)
+        quantization = QuantizationConfig(
+            quant_type,
+            block_size,
+            double_quant,
+            compute_dtype,
+            quantize_embeddings=quantize_embeddings,
+            quantize_output_layer=quantize_output_layer,
+        )
     model = build_on_meta(source, config, compute_dtype)
     if quantization is not None:
         quantizer = Quantizer(quantization, pre_quantized=saved is not None)
         quantizer._process_model_before_weight_loading(model)
     with torch.device("meta"):
-        return wrap_model(model, copy.deepcopy(lora))
+        return add_lora(model, copy.deepcopy(lora))
 
 
 def take_inventory(model: PeftModel) -> Inventory:
     """Count what an outline, or a real model, holds."""
     base = model.get_base_model()
-    linears = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    sizes = [layer.in_features * layer.out_features for layer in linears]
+    packed = [module for module in model.modules() if isinstance(module, PackedWeights) and not module.is_tied]
+    sizes = [shape.numel() for layer in packed for shape in layer.shapes.values()]
     in_4_bits = [
-        quantized_bytes(size, layer.block_size, layer.double_quant) for size, layer in zip(sizes, linears, strict=True)
+        quantized_bytes(shape.numel(), layer.block_size, layer.double_quant)
+        for layer in packed
+        for shape in layer.shapes.values()
     ]
-    codes = {id(layer.weight) for layer in linears}
-    constants = {
-        id(tensor) for layer in linears for tensor in (layer.absmax, layer.nested_absmax) if tensor is not None
-    }
+    codes = {id(getattr(layer, name)) for layer in packed for name in layer.shapes}
+    constants = {id(tensor) for layer in packed for tensor in layer.packed_constants}
     frozen = {
         name: parameter
         for name, parameter in base.named_parameters()
@@ -92,7 +101,7 @@ def take_inventory(model: PeftModel) -> Inventory:
     }
     remainder = [_loaded_bytes(base, name, parameter) for name, parameter in frozen.items()]
     buffers = [buffer.nbytes for buffer in base.buffers() if id(buffer) not in constants]
-    in_16_bits = [size * layer.compute_dtype.itemsize for size, layer in zip(sizes, linears, strict=True)]
+    in_16_bits = [_bytes_before(layer, shape) for layer in packed for shape in layer.shapes.values()]
     text = base.config.get_text_config()
     return Inventory(
         parameters=sum(sizes) + sum(parameter.numel() for parameter in frozen.values()),
@@ -106,6 +115,11 @@ def take_inventory(model: PeftModel) -> Inventory:
     )
 
 
+def _bytes_before(layer: PackedWeights, shape: torch.Size) -> int:
+    """What loading holds of a weight before it is quantized; experts are put together of two tensors of as many."""
+    return shape.numel() * layer.compute_dtype.itemsize * (2 if isinstance(layer, Experts4bit) else 1)
+
+
 def count_mapped_bytes(model_name_or_path: str, outline: PeftModel) -> int:
     """Bytes of the model that are pages of its files once it is loaded on the CPU: those of a 4-bit checkpoint.
 
@@ -114,13 +128,13 @@ def count_mapped_bytes(model_name_or_path: str, outline: PeftModel) -> int:
     config = read_config(locate(model_name_or_path, with_weights=False))
     if getattr(config, "quantization_config", None) is None:
         return 0
-    linears = [module for module in outline.modules() if isinstance(module, Linear4bit)]
-    codes = {id(layer.weight) for layer in linears}
+    packed = [module for module in outline.modules() if isinstance(module, PackedWeights) and not module.is_tied]
+    codes = {id(getattr(layer, name)) for layer in packed for name in layer.shapes}
     sizes = []
-    for layer in linears:
-        n = layer.in_features * layer.out_features
-        blocks = formats.block_count(n, layer.block_size)
-        sizes += [formats.packed_bytes(n), blocks if layer.double_quant else 4 * blocks]
+    for layer in packed:
+        for shape in layer.shapes.values():
+            blocks = formats.block_count(shape.numel(), layer.block_size)
+            sizes += [formats.packed_bytes(shape.numel()), blocks if layer.double_quant else 4 * blocks]
     for parameter in outline.get_base_model().parameters():
         if not parameter.requires_grad and id(parameter) not in codes and parameter.ndim > 1:
             sizes.append(parameter.nbytes if parameter.dtype == config.dtype else 0)
@@ -164,6 +178,13 @@ def values_a_layer(model: PeftModel, place: int) -> int:
     """Values of the base model's that a token is multiplied with in a layer, more or less."""
     layers = decoder_layers(model)
     assert layers is not None
-    linear = sum(m.in_features * m.out_features for m in layers[place].modules() if isinstance(m, Linear4bit))
+    chosen = getattr(model.get_base_model().config.get_text_config(), "num_experts_per_tok", None)
+    packed = 0
+    for module in layers[place].modules():
+        if isinstance(module, PackedWeights):
+            values = sum(shape.numel() for shape in module.shapes.values())
+            if isinstance(module, Experts4bit) and chosen:
+                values = values * int(chosen) // module.num_experts
+            packed += values
     rest = sum(math.prod(p.shape) for p in layers[place].parameters() if p.is_floating_point())
-    return linear + rest
+    return packed + rest

@@ -1,9 +1,10 @@
 """LoRA through PEFT: its configuration, its wrapper, its file format; our arithmetic.
 
-PEFT maps a base layer to a LoRA layer through `LoraConfig._register_custom_module`. The mapping is not
-saved with an adapter, so it is registered again on load.
+PEFT maps a base layer to a LoRA layer through `LoraConfig._register_custom_module`. seams.py does that whenever an
+adapter is put on a model with 4-bit layers, so PEFT's own calls suffice; what is here adds errors for people.
 """
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,41 +18,78 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.huggingface.dora import Dora, row_factors
+from halfbyte.huggingface.initial import check_initializer, dense_stand_in, reads_base
 from halfbyte.huggingface.shared_input import SharedInput, find_shared_inputs
 from halfbyte.huggingface.source import reason
 from halfbyte.nn import Linear4bit, lora_linears
 from halfbyte.ops import MOST_TERMS
 from halfbyte.quant import QuantizedTensor, quantize_4bit
 
-# PEFT's initial values that do not look at the base weight.
-_INITIALIZERS = (True, False, "gaussian", "eva")
-
 
 class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
-    """A LoRA layer over a Linear4bit: y = x·Wᵀ + s·B·A·dropout(x), gradients to x, A and B alone."""
+    """A LoRA layer over a Linear4bit: y = x·Wᵀ + s·B·A·dropout(x), gradients to x, A and B alone.
+
+    With DoRA each output is scaled by its learned magnitude (halfbyte.nn.dora).
+    """
+
+    known_squares: tuple[Tensor, Tensor] | None = None  # codes, and the squares of the norms of their rows
+    _before_merge: list[tuple[QuantizedTensor, nn.Parameter | None]]
 
     def __init__(self, base_layer: Linear4bit, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
-        self._before_merge: list[QuantizedTensor] = []
+        self._before_merge = []
         self.shared_input: SharedInput | None = None  # with the layers beside it, once that is found
 
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """False, whatever a configuration for GPT-2 says: its weights were transposed when they were quantized."""
+        return False
+
+    @fan_in_fan_out.setter
+    def fan_in_fan_out(self, _: bool) -> None:
+        pass
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        return {(): None, ("use_dora",): Dora}
+
+    @property
+    def unmerged(self) -> QuantizedTensor:
+        """The base's weight from before any merge."""
+        # PEFT makes the first adapter before __init__ goes on.
+        before = self._before_merge if self.merged_adapters else []
+        quantized: QuantizedTensor = before[0][0] if before else self.get_base_layer().quantized
+        return quantized
+
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """As PEFT's, for adapters that do not begin with numbers of the base weight: PEFT would read its codes."""
-        if config.init_lora_weights not in _INITIALIZERS:
+        """As PEFT's, with a dense base for initial values that are made from it: PEFT would read the codes."""
+        check_initializer(config.init_lora_weights)
+        try:
+            self.resolve_lora_variant(config=config)
+        except ValueError as error:
             raise HalfbyteError(
-                f"init_lora_weights {config.init_lora_weights!r} changes or reads the base weight, which is in 4 bits;"
-                " leave it out."
-            )
-        if self.resolve_lora_variant(config=config) is not None:
-            raise HalfbyteError("Only plain LoRA can be put on a base in 4 bits; leave use_dora and the like out.")
-        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+                f"Of LoRA's variants DoRA alone can be put on a base in 4 bits ({reason(error)}); leave others out."
+            ) from error
+        reads = reads_base(config.init_lora_weights)
+        if config.init_lora_weights == "loftq" or (reads and self.get_base_layer().absmax is None):
+            # LoftQ needs the 16-bit weights (seams.py); in an outline there are no numbers to begin with.
+            config, reads = copy.copy(config), False
+            config.init_lora_weights = True
+        if not reads:
+            super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+            return
+        with dense_stand_in(self):
+            super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+        if adapter_name in self.lora_variant:
+            self.lora_variant[adapter_name].init(self, adapter_name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter = self._plain_adapter(kwargs)
+        adapter = self._single_adapter(kwargs)
         if adapter is None:
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
@@ -61,7 +99,7 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
 
     def _alike(self) -> tuple[Any, ...] | None:
         """In what layers that are computed together have to agree; None where this one cannot be."""
-        adapter, base = self._plain_adapter({}), self.get_base_layer()
+        adapter, base = self._single_adapter({}), self.get_base_layer()
         if adapter is None:
             return None
         stored = base.quant_type, base.block_size, base.double_quant, base.compute_dtype
@@ -70,8 +108,13 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
     def _drop_probability(self, adapter: str) -> float:
         return getattr(self.lora_dropout[adapter], "p", 0.0) if self.training else 0.0
 
-    def _plain_adapter(self, kwargs: dict[str, Any]) -> str | None:
-        """The adapter, where there is just one and it is plain LoRA; PEFT's own forward serves the rest."""
+    def plain_adapter(self) -> str | None:
+        """The adapter, where there is just one and it is plain LoRA."""
+        adapter = self._single_adapter({})
+        return None if adapter in self.lora_variant else adapter
+
+    def _single_adapter(self, kwargs: dict[str, Any]) -> str | None:
+        """The adapter, where there is just one, of LoRA or DoRA; PEFT's own forward serves the rest."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if kwargs or self.disable_adapters or self.merged or len(active) != 1:
             return None
@@ -87,29 +130,41 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.lora_A:
                 continue
-            if self.lora_bias[adapter]:
-                raise HalfbyteError(
-                    f"Adapter {adapter!r} has a bias; its merge into a base in 4 bits is not there yet."
-                )
-            before = base.quantized
+            before, bias = base.quantized, base.bias
             with torch.no_grad():
                 weight = before.dequantize(torch.float32) + self.get_delta_weight(adapter).float()
+                if adapter in self.lora_variant:
+                    weight *= row_factors(self, adapter)[:, None]
+                new_bias = self._merged_bias(adapter)
             merged = quantize_4bit(weight.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
-            self._before_merge.append(before)
-            base.quantized = merged
+            self._before_merge.append((before, bias))
+            base.quantized, base.bias = merged, new_bias
             self.merged_adapters.append(adapter)
+
+    def _merged_bias(self, adapter: str) -> nn.Parameter | None:
+        """The base's bias and, if it has one, the adapter's."""
+        bias: nn.Parameter | None = self.get_base_layer().bias
+        if not self.lora_bias[adapter]:
+            return bias
+        if bias is None:
+            raise HalfbyteError(f"Adapter {adapter!r} has a bias and the layer has none, so they cannot be merged.")
+        total = (bias + self.lora_B[adapter].bias * self.scaling[adapter]).to(bias.dtype)
+        if not total.isfinite().all():
+            raise HalfbyteError(f"Adapter {adapter!r} has a bias that holds a NaN or an infinity; it is not merged.")
+        return nn.Parameter(total, requires_grad=bias.requires_grad)
 
     def unmerge(self) -> None:
         """Restore the bits from before the first merge."""
         if self._before_merge:
-            self.get_base_layer().quantized = self._before_merge[0]
+            base = self.get_base_layer()
+            base.quantized, base.bias = self._before_merge[0]
             self._before_merge.clear()
             self.merged_adapters.clear()
 
 
 def _forward_of_all(layers: Sequence[LoraLinear4bit], x: Tensor) -> list[Tensor]:
     """What layers that are alike make of one input."""
-    adapter = layers[0]._plain_adapter({})
+    adapter = layers[0]._single_adapter({})
     assert adapter is not None, "whoever calls this has asked"
     bases = [layer.get_base_layer() for layer in layers]
     ys = lora_linears(
@@ -119,31 +174,22 @@ def _forward_of_all(layers: Sequence[LoraLinear4bit], x: Tensor) -> list[Tensor]
         layers[0].scaling[adapter],
         layers[0]._drop_probability(adapter),
     )
-    return [
-        (y if base.bias is None else y + base.bias.to(y.dtype)).to(x.dtype) for y, base in zip(ys, bases, strict=True)
-    ]
+    outputs = []
+    for layer, base, y in zip(layers, bases, ys, strict=True):
+        if adapter in layer.lora_variant:
+            y = (y * row_factors(layer, adapter)).to(y.dtype)
+        outputs.append((y if base.bias is None else y + base.bias.to(y.dtype)).to(x.dtype))
+    return outputs
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Freeze the model and put LoRA layers on it: `add_lora(model, LoraConfig(r=16, target_modules="all-linear"))`.
 
-    The adapters are float32, whatever the model computes in.
+    The adapters are float32, whatever the model computes in. `peft.get_peft_model` does the same.
 
     Raises:
         HalfbyteError: `target_modules` names nothing in the model.
     """
-    adapted = wrap_model(model, config)
-    share_inputs(adapted)
-    return adapted
-
-
-def wrap_model(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """PEFT's wrapper with our layers in it, for a model on any device, `meta` too, where nothing can be run.
-
-    Raises:
-        HalfbyteError: `target_modules` names nothing in the model.
-    """
-    _register(config)
     try:
         with _quiet_peft():
             return get_peft_model(model, config)
@@ -160,7 +206,6 @@ def load_adapter(model: PreTrainedModel, directory: Path | str, is_trainable: bo
     directory = Path(directory)
     config = read_adapter_config(directory)
     try:
-        _register(config)
         with _quiet_peft():
             adapted = PeftModel.from_pretrained(model, str(directory), config=config, is_trainable=is_trainable)
         saved = load_file(directory / "adapter_model.safetensors")
@@ -172,7 +217,6 @@ def load_adapter(model: PreTrainedModel, directory: Path | str, is_trainable: bo
     for name, tensor in saved.items():
         if not tensor.isfinite().all():
             raise HalfbyteError(f"{directory}: the adapter's {name} holds a NaN or an infinity.")
-    share_inputs(adapted)
     return adapted
 
 
@@ -191,17 +235,13 @@ def read_adapter_config(directory: Path | str) -> LoraConfig:
     return config
 
 
-def share_inputs(model: PeftModel) -> None:
+def share_inputs(model: nn.Module) -> None:
     """Compute layers that read one input together, where a trial run finds such."""
     for layers in find_shared_inputs(model, LoraLinear4bit):
         for begin in range(0, len(layers), MOST_TERMS):
             group = SharedInput(layers[begin : begin + MOST_TERMS])
             for layer in group.layers:
                 layer.shared_input = group
-
-
-def _register(config: LoraConfig) -> None:
-    config._register_custom_module({Linear4bit: LoraLinear4bit})
 
 
 @contextmanager

@@ -93,7 +93,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _page(self, parameters: list[Tensor]) -> None:
         """Give the parameters' states a place in a file, or, where they are a GPU's, in unified memory."""
-        if self._page_dir is None:
+        if self._page_dir is None or not parameters:  # a trainer's group of what decays not may be empty
             return
         layouts = [self.state_layout(parameter) for parameter in parameters]
         if any(parameter.is_cuda for parameter in parameters):

@@ -8,6 +8,7 @@ from halfbyte.quant.quantized import (
     matmul_sum,
     quantize_4bit,
     quantized_bytes,
+    take_rows,
 )
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "matmul_sum",
     "quantize_4bit",
     "quantized_bytes",
+    "take_rows",
     "to_keys",
 ]

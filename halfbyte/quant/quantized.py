@@ -106,6 +106,26 @@ class QuantizedTensor:
             return self.absmax.codes, nested
         return self.absmax, None
 
+    def part(self, index: int) -> "QuantizedTensor | Tensor":
+        """`self[index]`: in 4 bits and in the same memory where it begins with a block, else dequantized, in float32.
+
+        Where the part's absmax do not begin with a block of their own, they alone are dequantized.
+        """
+        shape = self.shape[1:]
+        n = math.prod(shape)
+        begin, end = index * n, (index + 1) * n
+        first, last = begin // self.block_size, formats.block_count(end, self.block_size)
+        start = first * self.block_size
+        stop = min(last * self.block_size, math.prod(self.shape))
+        packed = self.packed.view(-1, 1)[start // 2 : (stop + 1) // 2]
+        absmax = _absmax_of_blocks(self.absmax, first, last)
+        if start == begin and (stop == end or end % self.block_size == 0):
+            return QuantizedTensor(packed, absmax, shape, self.dtype, self.quant_type, self.block_size)
+        around = QuantizedTensor(
+            packed, absmax, torch.Size((stop - start,)), self.dtype, self.quant_type, self.block_size
+        )
+        return around.dequantize(torch.float32)[begin - start : end - start].view(shape)
+
     @property
     def codebook(self) -> Tensor:
         """`(16,)` float32 on the device of the codes."""
@@ -121,6 +141,20 @@ class QuantizedTensor:
         return 8 * self.nbytes / max(1, math.prod(self.shape))
 
 
+def _absmax_of_blocks(absmax: Tensor | DoubleQuantized, first: int, last: int) -> Tensor | DoubleQuantized:
+    """Of blocks `first` to `last`: the same memory if it can be."""
+    if not isinstance(absmax, DoubleQuantized):
+        return absmax[first:last]
+    outer = formats.NESTED_BLOCK_SIZE
+    start = first // outer
+    around = DoubleQuantized(
+        absmax.codes[start * outer : last],
+        absmax.absmax[start : formats.block_count(last, outer)],
+        absmax.offset,
+    )
+    return around if first % outer == 0 else around.dequantize()[first - start * outer :]
+
+
 def matmul_sum(
     xs: Sequence[Tensor],  # each (..., out), with an `out` of its own
     weights: Sequence["QuantizedTensor"],  # each (out, in), all of one type, block size and storage of absmax
@@ -134,6 +168,28 @@ def matmul_sum(
         terms.append(ops.Term(x, weight.packed, absmax, weight.shape[0], nested))
     first = weights[0]
     return ops.matmul_4bit_sum(terms, first.codebook, first.block_size, first.shape[1], low_rank, dropout)
+
+
+def take_rows(
+    weight: QuantizedTensor,  # (rows, width)
+    index: Tensor,  # (n,) int64
+    dtype: torch.dtype,
+) -> Tensor:  # (n, width)
+    """`weight.dequantize(dtype)[index]`, of which no more is dequantized where a row is whole blocks."""
+    rows, width = weight.shape
+    size = weight.block_size
+    if width % size:
+        return weight.dequantize(dtype)[index]
+    absmax = weight.absmax
+    if isinstance(absmax, DoubleQuantized):
+        blocks = (index[:, None] * (width // size) + torch.arange(width // size, device=index.device)).flatten()
+        outer = absmax.absmax[blocks // formats.NESTED_BLOCK_SIZE]
+        chosen = codebook_8bit(absmax.codes.device)[absmax.codes[blocks].int()] * outer + absmax.offset
+    else:
+        chosen = absmax.view(rows, -1)[index].flatten()
+    packed = weight.packed.view(rows, width // 2)[index].view(-1, 1)
+    shape = torch.Size((len(index), width))
+    return QuantizedTensor(packed, chosen, shape, weight.dtype, weight.quant_type, size).dequantize(dtype)
 
 
 def quantize_4bit(

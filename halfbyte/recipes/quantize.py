@@ -11,7 +11,7 @@ from halfbyte.checkpoint.files import directory_written_aside
 from halfbyte.checkpoint.fingerprint import weights_sha256
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import load_model
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import PackedWeights
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ def quantize(
     model, tokenizer = load_model(
         model_name_or_path, quant_type, block_size, double_quant, getattr(torch, compute_dtype)
     )
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    quantized_parameters = sum(layer.quantized.shape.numel() for layer in layers)
-    quantized_bytes = sum(layer.quantized.nbytes for layer in layers)
-    others = sum(p.numel() for p in model.parameters()) - sum(layer.weight.numel() for layer in layers)
+    layers = [module for module in model.modules() if isinstance(module, PackedWeights) and not module.is_tied]
+    weights = [quantized for layer in layers for quantized in layer.all_quantized.values()]
+    quantized_parameters = sum(weight.shape.numel() for weight in weights)
+    quantized_bytes = sum(weight.nbytes for weight in weights)
+    others = sum(p.numel() for p in model.parameters()) - sum(weight.packed.numel() for weight in weights)
     try:
         with directory_written_aside(target) as aside:
             model.save_pretrained(aside)

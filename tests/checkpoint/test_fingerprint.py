@@ -56,7 +56,7 @@ def test_it_depends_on_the_offset_and_the_settings(
     model: PreTrainedModel, model_directory: Callable[[str], Path]
 ) -> None:
     before = weights_sha256(model)
-    model.model.layers[0].mlp.up_proj.nested_offset += 1e-7
+    model.model.layers[0].mlp.up_proj.nested_offsets["weight"] += 1e-7
     assert weights_sha256(model) != before
     others = [("nf4", 128, True), ("nf4", 64, False), ("fp4", 64, True), ("none", 64, True)]
     hashes = {

@@ -1,23 +1,21 @@
 """Every family of models: loaded in 4 bits, equal to its dense self, trained a step, saved and read again."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from dense_models import dense_base
 from peft import LoraConfig
 from torch import nn
-from transformers import PreTrainedModel
 
-from halfbyte import Linear4bit, add_lora, load_model
+from halfbyte import add_lora, load_model
 from halfbyte.checkpoint.fingerprint import weights_sha256
-from halfbyte.nn import supervised_loss
+from halfbyte.nn import PackedWeights, supervised_loss
 from halfbyte.optim import AdamW
 from models import ARCHITECTURES, VOCABULARY_SIZE
 
-# How many linear layers of the two blocks are in 4 bits: all, but the output layer and, in Mixtral, the experts,
-# whose weights transformers holds as one tensor and not as linear layers.
+# How many layers of the two blocks are in 4 bits: all, but the output layer and routers. A block's experts are one.
 QUANTIZED_LAYERS = {
     "llama": 14,
     "mistral": 14,
@@ -31,23 +29,16 @@ QUANTIZED_LAYERS = {
     "opt": 12,
     "falcon": 8,
     "granite": 14,
-    "mixtral": 8,
+    "mixtral": 10,
+    "qwen3_moe": 10,
+    "gpt_oss": 10,
 }
+# Of `all-linear`: the routers of two blocks; PEFT names no experts of gpt-oss.
+EXTRA_ADAPTERS = {"mixtral": 2, "qwen3_moe": 2, "gpt_oss": -4}
 
 
-def layers_of(model: nn.Module) -> dict[str, Linear4bit]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-
-
-def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model with each 4-bit layer replaced by a dense one of the dequantized weight."""
-    dense = copy.deepcopy(model)
-    for name, layer in layers_of(dense).items():
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        linear.weight = nn.Parameter(layer.quantized.dequantize(torch.float32))
-        linear.bias = layer.bias
-        dense.set_submodule(name, linear)
-    return dense
+def layers_of(model: nn.Module) -> dict[str, PackedWeights]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedWeights)}
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -64,7 +55,7 @@ def test_an_architecture(model_type: str, model_directory: Callable[[str], Path]
 
     input_ids = torch.randint(VOCABULARY_SIZE - 3, (2, 11))
     with torch.no_grad():
-        logits, expected = model(input_ids).logits, dense_copy(model)(input_ids).logits
+        logits, expected = model(input_ids).logits, dense_base(model)(input_ids).logits
     assert logits.isfinite().all()
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -82,8 +73,10 @@ def test_an_architecture(model_type: str, model_directory: Callable[[str], Path]
     base = weights_sha256(model)
     adapted = add_lora(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     trainable = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    # A and B on every layer in 4 bits and on nothing else, but Mixtral's router and experts, which PEFT takes as well.
-    assert len(trainable) == 2 * len(layers) + (12 if model_type == "mixtral" else 0)
+    # A and B on every weight in 4 bits and on nothing else, but routers, which PEFT takes as well, and on both weights
+    # of experts where PEFT takes `all-linear` to mean them.
+    weights = sum(len(layer.shapes) for layer in layers.values())
+    assert len(trainable) == 2 * (weights + EXTRA_ADAPTERS.get(model_type, 0))
     assert all(parameter.dtype == torch.float32 for parameter in trainable.values())
     optimizer = AdamW(trainable.values(), lr=1e-2)
     batch = {

@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import halfbyte
-from halfbyte import Linear4bit, add_lora
+from halfbyte import Linear4bit, QuantizationConfig, add_lora
 from halfbyte.checkpoint.adapter import save_adapter
 from halfbyte.recipes.quantize import quantize
 from models import build_tokenizer, save_model
@@ -164,9 +164,23 @@ def test_their_checkpoint_opens_here_and_is_saved_again_byte_for_byte(
     layer = next(module for module in model.modules() if isinstance(module, Linear4bit))
     assert (layer.quant_type, layer.double_quant) == (quant_type, double_quant)
 
-    model.save_pretrained(tmp_path)
+    assert_saved_as_theirs(model, folder, tmp_path)
+
+
+@pytest.mark.parametrize(("model_type", "quant_type", "double_quant", "storage"), THEIRS)
+def test_their_checkpoint_opens_by_from_pretrained_and_is_saved_again_byte_for_byte(
+    exchange: Path, tmp_path: Path, model_type: str, quant_type: str, double_quant: bool, storage: str
+) -> None:
+    folder = exchange / name_of("theirs", model_type, quant_type, double_quant, storage)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=QuantizationConfig(fast=False))
+    assert_equal(weights_of(model), load_file(folder / "dequantized"))
+    assert_saved_as_theirs(model, folder, tmp_path)
+
+
+def assert_saved_as_theirs(model: PreTrainedModel, folder: Path, directory: Path) -> None:
+    model.save_pretrained(directory)
     theirs = load_file(folder / "model" / "model.safetensors")
-    ours = load_file(tmp_path / "model.safetensors")
+    ours = load_file(directory / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         their = theirs[name]
@@ -174,7 +188,7 @@ def test_their_checkpoint_opens_here_and_is_saved_again_byte_for_byte(
             their = their.flatten().view(torch.uint8).view(-1, 1)
         assert torch.equal(tensor, their), name
     saved, original = (
-        json.loads((path / "config.json").read_text())["quantization_config"] for path in (tmp_path, folder / "model")
+        json.loads((path / "config.json").read_text())["quantization_config"] for path in (directory, folder / "model")
     )
     for key in ("quant_method", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
         assert saved[key] == original[key]

@@ -19,7 +19,7 @@ from halfbyte.huggingface.mapped import mapped_bytes
 from halfbyte.huggingface.miniature import make_miniatures, predict_activation_bytes, time_pass
 from halfbyte.huggingface.outline import Inventory, count_mapped_bytes, kinds_of_layers, outline_model, take_inventory
 from halfbyte.huggingface.recompute import LEVELS, measure_activation_bytes
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import Linear4bit, PackedWeights
 from halfbyte.recipes.quantize import quantize
 from models import ARCHITECTURES, save_model
 
@@ -31,16 +31,18 @@ def lora() -> LoraConfig:
 
 def held_by(model: Any) -> dict[str, Any]:
     """Counted on a real model, by its own tensors: bytes in 4 bits and beside them, values of each trained tensor."""
-    codes = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    in_4_bits = {id(t) for layer in codes for t in (layer.weight, layer.absmax, layer.nested_absmax)}
+    packed = [module for module in model.modules() if isinstance(module, PackedWeights)]
+    weights = [quantized for module in packed for quantized in module.all_quantized.values()]
+    in_4_bits = {id(getattr(module, name)) for module in packed for name in module.shapes}
+    in_4_bits |= {id(tensor) for module in packed for tensor in module.packed_constants}
     rest = {
         tensor.data_ptr(): tensor.nbytes
         for tensor in (*model.parameters(), *model.buffers())
         if id(tensor) not in in_4_bits and not tensor.requires_grad
     }
     return {
-        "quantized_bytes": sum(layer.quantized.nbytes for layer in codes),
-        "quantized_parameters": sum(layer.quantized.shape.numel() for layer in codes),
+        "quantized_bytes": sum(weight.nbytes for weight in weights),
+        "quantized_parameters": sum(weight.shape.numel() for weight in weights),
         "remainder_bytes": sum(rest.values()),
         "adapter_sizes": tuple(p.numel() for p in model.parameters() if p.requires_grad),
     }

@@ -12,54 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from dense_models import INPUT_IDS, adapter_of, dense_base, logits, settings
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import halfbyte
 from halfbyte import HalfbyteError, Linear4bit, add_lora, quantize_4bit
 from halfbyte.checkpoint.adapter import ADAPTER_FILES, save_adapter
 from halfbyte.checkpoint.fingerprint import weights_sha256
 from halfbyte.huggingface.peft import LoraLinear4bit, load_adapter
-from models import VOCABULARY_SIZE, build_model
+from models import build_model
 
 # What it puts in the place of a model's own operations is test_patch.py's matter.
 load_model = partial(halfbyte.load_model, fast=False)
-
-INPUT_IDS = torch.arange(2 * 9).view(2, 9) * 7 % (VOCABULARY_SIZE - 3)
-
-
-def settings(**changes: Any) -> LoraConfig:
-    """LoRA whose B is not zero, so that it does something from the first step."""
-    values = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False} | changes
-    return LoraConfig(task_type="CAUSAL_LM", **values)
-
-
-def dense_base(model: PreTrainedModel) -> PreTrainedModel:
-    """A float32 model with the dequantized weights and no trace of 4 bits."""
-    dense = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
-    state = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            weight = module.quantized.dequantize(torch.float32)
-            state[f"{name}.weight"] = weight.T if isinstance(dense.get_submodule(name), Conv1D) else weight
-            if module.bias is not None:
-                state[f"{name}.bias"] = module.bias
-    others = {name: t for name, t in model.state_dict().items() if name in dense.state_dict() and name not in state}
-    dense.load_state_dict(others | state)
-    return dense.eval()
-
-
-def adapter_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(INPUT_IDS).logits
-    return result
 
 
 @pytest.fixture
@@ -84,6 +51,8 @@ def adapted(model: PreTrainedModel) -> PeftModel:
         {"r": 8, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 32}},
         {"lora_bias": True},
         {"bias": "all"},
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True},
     ],
     ids=str,
 )
@@ -269,48 +238,17 @@ def test_a_broken_adapter_is_not_merged(adapted: PeftModel) -> None:
     assert weights_sha256(adapted) == base
 
 
-# ── PEFT alone, which knows nothing of 4 bits here ──────────────────────────────────────────────────────────
+# ── What is not there ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_plain_peft_computes_the_same(model: PreTrainedModel) -> None:
-    ours = add_lora(copy.deepcopy(model), settings())
-    plain = get_peft_model(model, settings())
-    with torch.no_grad():
-        for mine, other in zip(adapter_of(ours).values(), adapter_of(plain).values(), strict=True):
-            other.copy_(mine)
-    torch.testing.assert_close(logits(plain), logits(ours), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("safe_merge", [False, True])
-@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
-def test_plain_peft_refuses_to_merge_and_changes_nothing(model: PreTrainedModel, method: str, safe_merge: bool) -> None:
-    plain = get_peft_model(model, settings())
-    base, before = weights_sha256(plain), logits(plain)
-    with pytest.raises(RuntimeError):
-        getattr(plain, method)(safe_merge=safe_merge)
-    assert weights_sha256(plain) == base
-    assert torch.equal(logits(plain), before)
-
-
-READS_THE_BASE = [
-    {"use_dora": True},
-    {"init_lora_weights": "pissa"},
-    {"init_lora_weights": "pissa_niter_4"},
-    {"init_lora_weights": "olora"},
-    {"init_lora_weights": "orthogonal"},
-    {"init_lora_weights": "mica"},
-]
-
-
-@pytest.mark.parametrize("changes", READS_THE_BASE, ids=str)
-def test_what_reads_the_base_weight_is_refused_and_changes_nothing(
-    model: PreTrainedModel, changes: dict[str, Any]
+@pytest.mark.parametrize("wrap", [add_lora, get_peft_model])
+@pytest.mark.parametrize("changes", [{"init_lora_weights": "mica"}, {"init_lora_weights": "orthodox"}], ids=str)
+def test_initial_values_that_are_not_there_are_refused_and_change_nothing(
+    model: PreTrainedModel, changes: dict[str, Any], wrap: Callable[..., Any]
 ) -> None:
     base = weights_sha256(model)
     with pytest.raises(HalfbyteError, match=r"4 bits"):
-        add_lora(copy.deepcopy(model), settings(**changes))
-    with pytest.raises((TypeError, RuntimeError, ValueError)):
-        get_peft_model(model, settings(**changes))
+        wrap(model, settings(**changes))
     assert weights_sha256(model) == base
 
 

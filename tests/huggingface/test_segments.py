@@ -15,7 +15,7 @@ from halfbyte.huggingface.segments import keeps_packed_apart
 from halfbyte.nn import supervised_loss
 from models import ARCHITECTURES, VOCABULARY_SIZE, build_model
 
-# Those whose positions or state go on from one text into the next.
+# Those whose positions or state go on from one text into the next, or whose masks do not look at positions.
 LEAKING: dict[str, dict[str, Any]] = {
     "opt": {},
     "falcon": {},
@@ -23,6 +23,7 @@ LEAKING: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
     "mamba": {},
     "recurrent_gemma": {"lru_width": 32, "num_hidden_layers": 3},
+    "gpt_oss": {},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
 

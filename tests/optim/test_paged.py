@@ -152,3 +152,11 @@ def test_a_directory_in_memory_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="page_dir /dev/shm is kept in memory itself"):
         AdamW([parameter], paged=True, page_dir=shared)
     assert not is_in_memory(Path("/proc"))
+
+
+def test_a_group_without_parameters_has_no_pages(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamW([{"params": [parameter]}, {"params": []}], lr=0.1, paged=True, page_dir=tmp_path)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert (parameter < 1).all()
