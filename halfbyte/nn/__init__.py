@@ -3,7 +3,7 @@
 from halfbyte.nn.attention import attention
 from halfbyte.nn.dora import row_norms, row_squares
 from halfbyte.nn.gated import gated, gated_halves
-from halfbyte.nn.linear4bit import Linear4bit
+from halfbyte.nn.linear4bit import Linear4bit, frozen_linear
 from halfbyte.nn.lora import lora_linear, lora_linears
 from halfbyte.nn.loss import (
     LogitTransform,
@@ -20,6 +20,7 @@ __all__ = [
     "LogitTransform",
     "attention",
     "count_supervised",
+    "frozen_linear",
     "gated",
     "gated_halves",
     "layer_norm",
