@@ -13,19 +13,31 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 sys.path.insert(0, str(Path(__file__).parent))  # before the checkout, which has a folder of the same name
 
 import bitsandbytes
 from bitsandbytes._absent import NotInHalfbyteError
 
-import halfbyte.huggingface  # noqa: F401  (its seams in PEFT, which must do no harm)
-
 RESULTS = "HALFBYTE_CONFORMANCE_RESULTS"
 
 if Path(bitsandbytes.__file__).parents[1] != Path(__file__).parent:
     raise ImportError(f"bitsandbytes was imported from {bitsandbytes.__file__}")
+
+if Path("src/peft").is_dir():  # PEFT's suite: with halfbyte's seams in PEFT, which must do no harm
+    import halfbyte.huggingface  # noqa: F401
+
+
+def _refuse(_request: Any) -> None:
+    raise OfflineModeIsEnabled("offline mode is enabled for this suite")
+
+
+if os.environ.get("HF_HUB_OFFLINE") == "1":  # even where a suite switches it off, and would then wait for no answer
+    _client = type(huggingface_hub.get_session())
+    huggingface_hub.set_client_factory(lambda: _client(event_hooks={"request": [_refuse]}))
 
 _NO_GPU = "needs a GPU"
 _NO_HUB = "needs the hub: the model or the data set is not on this machine"

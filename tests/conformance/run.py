@@ -46,6 +46,9 @@ class File:
 
 def find(suite: Path | None, only: list[str]) -> tuple[Path, list[Path]]:
     """The root of a checkout, and its files of tests in order of name."""
+    if suite is None:
+        raise NothingToRunError("no SUITE was named; it is a checkout of bitsandbytes or of PEFT: SUITE=DIR.")
+    suite = suite.resolve()
     if not suite.is_dir():
         raise NothingToRunError(
             f"SUITE {suite} is not a directory; name a checkout of bitsandbytes or PEFT, or its tests."
@@ -79,7 +82,9 @@ def run(root: Path, file: Path, seconds: int, scratch: Path, arguments: list[str
         done = subprocess.run(
             [*command, *arguments], cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
         )
-    return read(file.name, results, done.returncode, log)
+    outcome = read(file.name, results, done.returncode, log)
+    print(f"  {file.name}: {outcome.passed} passed, {len(outcome.failed)} failed", file=sys.stderr, flush=True)
+    return outcome
 
 
 def read(name: str, results: Path, code: int, log: Path) -> File:
@@ -123,9 +128,7 @@ def show(files: list[File]) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="conformance", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "suite", nargs="?", type=Path, help="a checkout of bitsandbytes or of PEFT, or its folder of tests"
-    )
+    parser.add_argument("suite", nargs="?", type=Path, help="a checkout of bitsandbytes or PEFT, or its tests")
     parser.add_argument("--only", nargs="*", default=[], metavar="FILE", help="files to run: test_ops.py; default: all")
     parser.add_argument("--seconds", type=int, default=300, help="for one test")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="files that run at a time")
