@@ -25,7 +25,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.hpp')
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
-.PHONY: always help setup model demo test bench bench-memory check format peers lock clean
+.PHONY: always help setup model demo test conformance bench bench-memory check format peers lock clean
 
 help:  ## Show this list
 	@printf 'make TARGET, where TARGET is one of\n\n'
@@ -101,6 +101,16 @@ test: setup model  ## Run every test; builds .peers first, to compare bytes with
 	    printf 'warning: %s could not be made; the tests against bitsandbytes will be skipped\n' $(PEERS) >&2
 	@# Two processes of one thread each: most tests are Python, and spinning threads would wait for one another.
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadscope
+
+# make conformance SUITE=../bitsandbytes ONLY=test_ops.py runs one file of it.
+conformance: setup build/conformance/.packages  ## Run a checkout of bitsandbytes' or PEFT's own tests on halfbyte: SUITE=DIR; docs/conformance.md
+	@PYTHONPATH=build/conformance $(RUN) tests/conformance/run.py $(if $(SUITE),"$(SUITE)") $(if $(ONLY),--only $(ONLY))
+
+# What those suites import and halfbyte does not: in a folder of its own. Without it the tests that ask for it are skipped.
+build/conformance/.packages: tests/conformance/requirements.txt | $(VENV)/.packages
+	@mkdir -p $(dir $@)
+	@$(PIP) install -qq --no-deps --upgrade --target $(dir $@) --requirement $< && touch $@ || \
+	    printf 'warning: %s could not be installed; the tests that need them will not apply\n' $< >&2
 
 # make bench WORKLOADS=A,E REPEATS=5 measures some of it; BENCH=--smoke tries the harness on tiny shapes.
 bench: setup peers $(PEERS)/.plot  ## Measure halfbyte beside the usual stack: docs/benchmarks.md; some 45 minutes

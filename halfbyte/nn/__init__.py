@@ -5,7 +5,7 @@ from halfbyte.nn.dora import row_norms, row_squares
 from halfbyte.nn.embedding4bit import Embedding4bit
 from halfbyte.nn.experts4bit import Experts4bit
 from halfbyte.nn.gated import gated, gated_halves
-from halfbyte.nn.linear4bit import Linear4bit
+from halfbyte.nn.linear4bit import Linear4bit, frozen_linear
 from halfbyte.nn.lora import lora_linear, lora_linears
 from halfbyte.nn.loss import (
     LogitTransform,
@@ -26,6 +26,7 @@ __all__ = [
     "PackedWeights",
     "attention",
     "count_supervised",
+    "frozen_linear",
     "gated",
     "gated_halves",
     "layer_norm",

@@ -35,6 +35,18 @@ class _FrozenProduct(torch.autograd.Function):
         return dx, None, None
 
 
+def frozen_linear(
+    x: Tensor,  # (..., in), the dtype that the product is computed in; (..., out) when transposed
+    quantized: QuantizedTensor,  # (out, in)
+    transpose: bool = False,
+) -> Tensor:  # (..., out), or (..., in); the dtype of x
+    """`x · Wᵀ`, or `x · W` when transposed, with its gradient to `x` and none to the weight."""
+    if not torch.is_grad_enabled():  # a token's 210 layers: autograd's bookkeeping would be a part of the time
+        return quantized.matmul(x, transpose)
+    y: Tensor = _FrozenProduct.apply(x, quantized, transpose)  # type: ignore[no-untyped-call]
+    return y
+
+
 class Linear4bit(PackedWeights, nn.Linear):
     """`nn.Linear` with its weight in 4 bits.  It is one, so that PEFT's `all-linear` finds it.
 
@@ -107,11 +119,7 @@ class Linear4bit(PackedWeights, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`, computed in `compute_dtype`, returned in the dtype of `x`."""
-        rounded, quantized = x.to(self.compute_dtype), self.quantized
-        if torch.is_grad_enabled():
-            y: Tensor = _FrozenProduct.apply(rounded, quantized, False)  # type: ignore[no-untyped-call]
-        else:  # a token's 210 layers: autograd's bookkeeping would be a part of the time that shows
-            y = quantized.matmul(rounded)
+        y = frozen_linear(x.to(self.compute_dtype), self.quantized)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype)

@@ -1,0 +1,103 @@
+"""The runner of other projects' suites: on a suite of ours, made here, with one test of each kind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).parent / "conformance" / "run.py"
+
+MIXED = """
+import bitsandbytes as bnb
+import pytest
+import torch
+
+def test_the_codes_are_halfbytes():
+    import halfbyte
+    weight = torch.randn(24, 40)
+    codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    ours = halfbyte.quantize_4bit(weight)
+    assert torch.equal(codes, ours.packed)
+    assert torch.equal(bnb.functional.dequantize_4bit(codes, state), ours.dequantize())
+    x = torch.randn(3, 40)
+    assert torch.equal(bnb.matmul_4bit(x, codes, state), ours.matmul(x))
+
+def test_an_answer_that_is_wrong():
+    assert bnb.functional.create_dynamic_map().numel() == 255, "there are more"
+
+def test_what_halfbyte_has_not():
+    bnb.nn.Linear8bitLt(8, 8)
+
+def test_a_name_that_is_not_offered():
+    bnb.nn.NoSuchLayer
+
+def test_the_hub():
+    from transformers import AutoModelForCausalLM
+    AutoModelForCausalLM.from_pretrained("somebody/some-model")
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is required")
+def test_a_gpu():
+    pass
+"""
+
+# A checkout has a folder of the name itself, which must not be what is tested.
+GOOD = """
+import bitsandbytes
+
+def test_it_is_ours():
+    assert "conformance" in bitsandbytes.__file__
+"""
+
+MISSING = "import a_package_that_nobody_has\n"
+DYING = "import os\n\nos._exit(7)\n"
+
+
+def conformance(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(RUN), *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    root = tmp_path / "checkout"
+    for folder in ("tests", "bitsandbytes"):
+        (root / folder).mkdir(parents=True)
+    (root / "bitsandbytes" / "__init__.py").touch()
+    files = {"test_mixed.py": MIXED, "test_good.py": GOOD, "test_missing.py": MISSING, "test_dying.py": DYING}
+    for name, text in files.items():
+        (root / "tests" / name).write_text(text, encoding="utf-8")
+    return root
+
+
+def test_every_outcome_is_told_with_its_reason(suite: Path) -> None:
+    done = conformance(str(suite))
+    assert done.returncode == 1, done.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith("test_")}
+    assert rows == {
+        "test_dying.py": ["0", "1", "0"],
+        "test_good.py": ["1", "0", "0"],
+        "test_missing.py": ["0", "0", "1"],
+        "test_mixed.py": ["1", "1", "4"],
+    }
+    reasons = done.stdout.partition("Not applicable, and why:")[2].partition("Failed:")[0]
+    for words in ("LLM.int8()", "bitsandbytes.nn.NoSuchLayer", "the hub", "needs a GPU", "a_package_that_nobody_has"):
+        assert reasons.count(words) == 1
+    failed = done.stdout.partition("Failed:")[2]
+    assert "test_an_answer_that_is_wrong\n      AssertionError: there are more" in failed
+    assert "code 7" in failed
+    assert not list(suite.rglob("__pycache__"))  # nothing is written into the checkout
+
+
+def test_a_suite_of_which_all_that_applies_passes(suite: Path) -> None:
+    done = conformance(str(suite / "tests"), "--only", "test_good.py", "test_missing.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["nowhere"], ["."], [".", "--only", "test_none.py"]])
+def test_nothing_to_run_is_one_sentence(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = conformance(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
