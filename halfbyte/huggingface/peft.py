@@ -28,7 +28,7 @@ from halfbyte.ops import MOST_TERMS
 from halfbyte.quant import QuantizedTensor, quantize_4bit
 
 # PEFT's initial values that do not look at the base weight.
-_INITIALIZERS = (True, False, "gaussian", "eva")
+INITIALIZERS = (True, False, "gaussian", "eva")
 
 
 class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
@@ -41,7 +41,7 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """As PEFT's, for adapters that do not begin with numbers of the base weight: PEFT would read its codes."""
-        if config.init_lora_weights not in _INITIALIZERS:
+        if config.init_lora_weights not in INITIALIZERS:
             raise HalfbyteError(
                 f"init_lora_weights {config.init_lora_weights!r} changes or reads the base weight, which is in 4 bits;"
                 " leave it out."
