@@ -4,7 +4,15 @@
 the file and line (or the flag), the key, the value that was found and what is allowed.
 """
 
-from halfbyte.config.keys import Config, EvaluateConfig, FinetuneConfig, GenerateConfig, PlanConfig, QuantizeConfig
+from halfbyte.config.keys import (
+    Config,
+    EvaluateConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    MergeConfig,
+    PlanConfig,
+    QuantizeConfig,
+)
 from halfbyte.config.reading import ConfigT, load_config
 from halfbyte.config.values import memory_bytes
 from halfbyte.config.words import Allowed, allowed, alternatives, nearest
@@ -16,6 +24,7 @@ __all__ = [
     "EvaluateConfig",
     "FinetuneConfig",
     "GenerateConfig",
+    "MergeConfig",
     "PlanConfig",
     "QuantizeConfig",
     "allowed",

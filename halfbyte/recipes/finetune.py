@@ -242,7 +242,7 @@ class Run:
 
     def _execute(self) -> RunResult:
         last = self._begin()
-        write_run_file(self.directory, self.config, self.base_sha256, self.memory.to_dict(), None)
+        write_run_file(self.directory, self.config, self.base_sha256, self.memory.to_dict(), None, self.tokenizer)
         self.tokenizer.save_pretrained(self.directory)
         metrics = Metrics(self.directory, self.config.report_to, self.config.to_dict())
         started = time.perf_counter()
@@ -267,7 +267,7 @@ class Run:
             interrupted=last["step"] < self.total_steps,
             planned_bytes=self._planned_bytes(),
         )
-        write_run_file(self.directory, self.config, self.base_sha256, self.memory.to_dict(), vars(result))
+        write_run_file(self.directory, self.config, self.base_sha256, self.memory.to_dict(), vars(result), self.tokenizer)
         return result
 
     def _planned_bytes(self) -> int | None:
