@@ -141,9 +141,7 @@ class _Merge:
             weight = self.base.original(name)
         if changes:
             expected = weight.shape
-            weight = apply_changes(
-                weight.to(torch.float32, copy=True), changes, settings.combination, settings.density
-            )
+            weight = apply_changes(weight.to(torch.float32, copy=True), changes, settings.combination, settings.density)
             if weight.shape != expected:
                 raise HalfbyteError(
                     f"{changes[0].adapter.directory}: {name} is {tuple(weight.shape)} where {self.base.source.path} has"
@@ -207,8 +205,8 @@ def _check_changes(base: BaseWeights, changes: Mapping[str, Sequence[Change]]) -
             continue
         if base.file_name(name) is None:
             raise HalfbyteError(
-                f"{base.source.path} holds no tensor {name}, which {found[0].adapter.directory} changes; the model fuses"
-                " it from others, and such adapters cannot be merged."
+                f"{base.source.path} holds no tensor {name}, which {found[0].adapter.directory} changes; the model"
+                " fuses it from others, and such adapters cannot be merged."
             )
         whole = [change for change in found if change.saved is not None or _is_dora(change)]
         if whole and len(found) > 1:

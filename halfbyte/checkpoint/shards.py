@@ -118,4 +118,3 @@ class ShardWriter:
             file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
             file.truncate(8 + self._room + self._end)
         self._open = None
-

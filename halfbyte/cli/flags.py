@@ -13,9 +13,7 @@ from pydantic.fields import FieldInfo
 from halfbyte.config import Config, ConfigT, allowed, alternatives, load_config
 
 
-def config_command(
-    cls: type[ConfigT], positional: str | None = None
-) -> Callable[[Callable[..., None]], click.Command]:
+def config_command(cls: type[ConfigT], positional: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
     """Make `function(config, **its own options)` a command that takes a YAML file, flags, or both.
 
     With `positional` the argument may also be that key's value: `halfbyte merge MODEL`; a name that ends in .yaml or
@@ -32,7 +30,9 @@ def config_command(
                 flags, config_file = {positional: config_file, **flags}, None
             function(load_config(cls, config_file, flags), **options)
 
-        metavar = "[FILE.yaml]" if positional is None else f"[FILE.yaml|{allowed(cls.model_fields[positional]).metavar}]"
+        metavar = (
+            "[FILE.yaml]" if positional is None else f"[FILE.yaml|{allowed(cls.model_fields[positional]).metavar}]"
+        )
         file = click.Argument(["config_file"], required=False, metavar=metavar)
         keys = [_flag(key, field) for key, field in cls.model_fields.items()]
         return _ConfigCommand(cls, own, params=[file, *keys, *own], callback=callback, help=function.__doc__)

@@ -241,9 +241,7 @@ def _low_rank_changes(adapter: AdapterFile, name: str, layer: LoraLayer, weight:
     if is_embedding:
         low_rank = LowRank(f"{key}.lora_embedding_A", f"{key}.lora_embedding_B", scale, True)
     else:
-        low_rank = LowRank(
-            f"{key}.lora_A.weight", f"{key}.lora_B.weight", scale, isinstance(base, Conv1D), magnitude
-        )
+        low_rank = LowRank(f"{key}.lora_A.weight", f"{key}.lora_B.weight", scale, isinstance(base, Conv1D), magnitude)
     changes = {f"{name}.weight": Change(adapter, low_rank)}
     if layer.lora_bias.get("default"):
         changes[f"{name}.bias"] = Change(adapter, bias=(f"{key}.lora_B.bias", scale))

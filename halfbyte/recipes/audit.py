@@ -173,7 +173,9 @@ def give_verdict(figures: Sequence[Figures], max_kl: float, made_text: bool) -> 
     smallest = min(near, key=lambda each: (each.bytes or 0, each.mean_kl))
     same_size = [each for each in near if each.bytes is not None and each.bytes <= 1.01 * (smallest.bytes or 0)]
     best = best_of(same_size, made_text)
-    perplexity = "" if made_text else f", perplexity {best.perplexity:.3f} where {figures[0].perplexity:.3f} was trained"
+    perplexity = (
+        "" if made_text else f", perplexity {best.perplexity:.3f} where {figures[0].perplexity:.3f} was trained"
+    )
     return (
         f"Ship {best.name}: the smallest that stays within a mean KL of {max_kl:g} of what was trained, at"
         f" {best.mean_kl:.3g}{perplexity}, the same greedy token in {best.agreement:.1%} of places."

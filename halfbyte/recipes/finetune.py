@@ -267,7 +267,9 @@ class Run:
             interrupted=last["step"] < self.total_steps,
             planned_bytes=self._planned_bytes(),
         )
-        write_run_file(self.directory, self.config, self.base_sha256, self.memory.to_dict(), vars(result), self.tokenizer)
+        write_run_file(
+            self.directory, self.config, self.base_sha256, self.memory.to_dict(), vars(result), self.tokenizer
+        )
         return result
 
     def _planned_bytes(self) -> int | None:

@@ -95,7 +95,9 @@ def run_merge(config: MergeConfig, console: Console | None = None) -> MergeResul
             (onto,) = bases
             weights = job.write(Variant(onto, config.dtype), output)
     except OSError as error:
-        raise HalfbyteError(f"output {output} cannot be written ({error.strerror or error}); make room there.") from error
+        raise HalfbyteError(
+            f"output {output} cannot be written ({error.strerror or error}); make room there."
+        ) from error
     return MergeResult(
         output=str(output),
         onto=onto,
@@ -281,7 +283,9 @@ def _prepare(config: MergeConfig) -> _Job:
             f"{adapters[0].directory} does not say what weights it was trained on, so that they are these is not checked"
         )
     elif base.unnamed:
-        notes.append(f"{base.source.path} holds parts of what the model fuses; that it is the trained base is not checked")
+        notes.append(
+            f"{base.source.path} holds parts of what the model fuses; that it is the trained base is not checked"
+        )
     return _Job(config, base, adapters, origins, changes, tokenizer, settings, notes)
 
 
@@ -330,7 +334,9 @@ def _tokenizer(base: BaseWeights, adapters: list[AdapterFile], notes: list[str])
         try:
             theirs = AutoTokenizer.from_pretrained(adapter.directory, trust_remote_code=False)
         except Exception as error:  # whatever transformers and tokenizers raise on files that they cannot read
-            raise HalfbyteError(f"{adapter.directory} holds a tokenizer that cannot be read ({reason(error)}).") from error
+            raise HalfbyteError(
+                f"{adapter.directory} holds a tokenizer that cannot be read ({reason(error)})."
+            ) from error
         if theirs.get_vocab() != own.get_vocab():
             raise HalfbyteError(
                 f"{adapter.directory} was trained with another tokenizer than that of {base.source.path}: {len(theirs):,}"

@@ -86,7 +86,9 @@ def read_origin(adapter: Path) -> Origin:
             return Origin(
                 base_name=base["name_or_path"],
                 base_sha256=base["weights_sha256"],
-                quantization={key: config[key] for key in ("quant_type", "block_size", "double_quant", "compute_dtype")},
+                quantization={
+                    key: config[key] for key in ("quant_type", "block_size", "double_quant", "compute_dtype")
+                },
                 tokenizer=run.get("tokenizer"),
                 run=run,
             )

@@ -1,7 +1,5 @@
 """Merging: against PEFT's own merge, the adapter on its 4-bit base, and every way in which it must refuse."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,18 +7,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import halfbyte
-from halfbyte import HalfbyteError, load_model
+from halfbyte import load_model
 from halfbyte.checkpoint.adapter import save_adapter
 from halfbyte.checkpoint.fingerprint import weights_sha256
 from halfbyte.huggingface.base_weights import open_base
-from halfbyte.huggingface.peft import load_adapter
 from halfbyte.huggingface.quantizer import QuantizationConfig
-from halfbyte.nn import Linear4bit
-from models import ARCHITECTURES, build_tokenizer, save_gguf, save_model
+from models import ARCHITECTURES, save_model
 
 IDS = torch.arange(24).reshape(2, 12)
 
