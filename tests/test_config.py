@@ -12,6 +12,7 @@ from halfbyte.config import (
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
+    MergeConfig,
     PlanConfig,
     QuantizeConfig,
     allowed,
@@ -21,7 +22,7 @@ from halfbyte.config import (
 from halfbyte.errors import HalfbyteError
 
 REQUIRED = "model_name_or_path: model\ndataset: rows.jsonl\noutput_dir: runs/first\n"  # three lines
-ALL = [FinetuneConfig, PlanConfig, EvaluateConfig, GenerateConfig, QuantizeConfig]
+ALL = [FinetuneConfig, PlanConfig, EvaluateConfig, GenerateConfig, QuantizeConfig, MergeConfig]
 
 
 @pytest.fixture

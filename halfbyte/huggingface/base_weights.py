@@ -62,7 +62,11 @@ class BaseWeights:
         file_name = self._existing(name)
         if self.is_4bit(file_name):
             raise HalfbyteError(f"{self.source.path}: {name} is in 4 bits, and its 16-bit original is not there.")
-        return self.read(file_name)
+        tensor = self.read(file_name)
+        self._check_shape(name, tuple(tensor.shape))
+        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+            raise HalfbyteError(f"{self.source.path}: {name} holds a NaN or an infinity.")
+        return tensor
 
     def quantized(self, name: str) -> QuantizedTensor:
         """The (out, in) weight of a layer that is in 4 bits in training, bit for bit as it is there.
@@ -73,10 +77,13 @@ class BaseWeights:
         file_name = self._existing(name)
         if self.is_4bit(file_name):
             constants = {suffix: self.read(place) for suffix, place in self._constants[file_name].items()}
-            return from_keys(file_name, self.read(file_name), constants)
+            quantized = from_keys(file_name, self.read(file_name), constants)
+            shape = tuple(quantized.shape)
+            self._check_shape(name, shape[::-1] if name in self.layout.transposed else shape)
+            return quantized
         settings = self.layout.settings
         assert settings is not None, "the layer was said to be in 4 bits"
-        weight = self.read(file_name).to(settings.compute_dtype)
+        weight = self.original(name).to(settings.compute_dtype)
         try:
             return quantize_4bit(
                 weight.T if name in self.layout.transposed else weight,
@@ -92,6 +99,11 @@ class BaseWeights:
         for module_name, module in sorted(self.model.named_modules(), key=lambda item: item[0]):
             own = [f"{module_name}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False)]
             yield module_name, own
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        expected = tuple(self.model.get_parameter(name).shape)
+        if shape != expected:
+            raise HalfbyteError(f"{self.source.path}: {name} is {shape} where the model's config asks for {expected}.")
 
     def _existing(self, name: str) -> str:
         file_name = self.file_name(name)

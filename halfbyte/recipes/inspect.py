@@ -72,8 +72,8 @@ def _adapter(directory: Path) -> Description:
     more = {"DoRA": config.use_dora, "rsLoRA": config.use_rslora, "biases of its own": config.lora_bias}
     extra = "".join(f", {name}" for name, there in more.items() if there)
     holds = [
-        f"A LoRA adapter of rank {config.r}, alpha {config.lora_alpha}{extra}: {values:,} values on {len(layers)} layers"
-        f" ({', '.join(kinds)})."
+        f"A LoRA adapter of rank {config.r}, alpha {config.lora_alpha}{extra}: {values:,} values on {len(layers)}"
+        f" layers ({', '.join(kinds)})."
     ]
     if config.modules_to_save:
         holds.append(f"It also holds {', '.join(config.modules_to_save)} as a whole.")

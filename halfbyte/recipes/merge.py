@@ -198,8 +198,8 @@ class _Job:
             if weights.base_sha256 is None or origin.base_sha256 in (None, weights.base_sha256):
                 continue
             differs = (
-                f"{adapter.directory} was trained on other weights than those of {self.base.source.path}: their SHA-256 in"
-                f" 4 bits was {str(origin.base_sha256)[:12]}… and is {weights.base_sha256[:12]}…"
+                f"{adapter.directory} was trained on other weights than those of {self.base.source.path}: their SHA-256"
+                f" in 4 bits was {str(origin.base_sha256)[:12]}… and is {weights.base_sha256[:12]}…"
             )
             if not self.config.any_base:
                 raise HalfbyteError(
@@ -280,7 +280,8 @@ def _prepare(config: MergeConfig) -> _Job:
             changes.setdefault(name, []).append(change)
     if not any(origin.base_sha256 for origin in origins):
         notes.append(
-            f"{adapters[0].directory} does not say what weights it was trained on, so that they are these is not checked"
+            f"{adapters[0].directory} does not say what weights it was trained on, so it is not checked that they are"
+            " these"
         )
     elif base.unnamed:
         notes.append(
@@ -339,8 +340,8 @@ def _tokenizer(base: BaseWeights, adapters: list[AdapterFile], notes: list[str])
             ) from error
         if theirs.get_vocab() != own.get_vocab():
             raise HalfbyteError(
-                f"{adapter.directory} was trained with another tokenizer than that of {base.source.path}: {len(theirs):,}"
-                f" tokens and {len(own):,}, or others; name the base it was trained on."
+                f"{adapter.directory} was trained with another tokenizer than that of {base.source.path}:"
+                f" {len(theirs):,} tokens and {len(own):,}, or others; name the base it was trained on."
             )
         if theirs.chat_template != own.chat_template:
             notes.append(f"the chat template is that of {adapter.directory}, which differs from the base's")
@@ -357,8 +358,8 @@ def _bases(job: _Job) -> list[Onto]:
     config, base = job.config, job.base
     if config.base == "original" and base.is_quantized:
         raise HalfbyteError(
-            f"{base.source.path} is a 4-bit checkpoint, so there is no 16-bit original in it; name the original model, or"
-            " use --base quantized."
+            f"{base.source.path} is a 4-bit checkpoint, so there is no 16-bit original in it; name the original model,"
+            " or use --base quantized."
         )
     if config.base == "quantized" and job.settings is None:
         raise HalfbyteError("The adapter was trained on a base in 16 bits (quant_type none); use --base original.")
