@@ -1,5 +1,9 @@
 """Merging: against PEFT's own merge, the adapter on its 4-bit base, and every way in which it must refuse."""
 
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import halfbyte
@@ -16,6 +21,7 @@ from halfbyte.checkpoint.fingerprint import weights_sha256
 from halfbyte.checkpoint.merge import Settings, merge_weights
 from halfbyte.checkpoint.shards import ShardWriter
 from halfbyte.huggingface.base_weights import open_base
+from halfbyte.huggingface.peft import load_adapter
 from halfbyte.huggingface.quantizer import QuantizationConfig
 from halfbyte.nn import Linear4bit
 from halfbyte.recipes.quantize import quantize
