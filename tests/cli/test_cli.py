@@ -142,7 +142,7 @@ def test_a_file_and_flags(seen: dict[str, Any], tmp_path: Path) -> None:
         (["finetun"], "there is no command 'finetun': did you mean finetune?"),
         (
             ["qwerty"],
-            "there is no command 'qwerty': there are finetune, plan, evaluate, generate, quantize, merge, inspect, doctor",
+            f"there is no command 'qwerty': there are {', '.join(SUBCOMMANDS)}",
         ),
         (["--frobnicate"], "unknown flag --frobnicate: halfbyte --help lists the flags"),
         (["finetune", "--learning-rate", "1"], "unknown flag --learning-rate: did you mean --learning_rate?"),
