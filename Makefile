@@ -25,11 +25,11 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.hpp')
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
-.PHONY: always help setup model demo test bench check format peers lock clean
+.PHONY: always help setup model demo test bench bench-memory check format peers lock clean
 
 help:  ## Show this list
 	@printf 'make TARGET, where TARGET is one of\n\n'
-	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 12
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 12
 	@printf '\nA first run takes some minutes, most of them for downloading torch.\n'
 
 # ── The environment ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -105,6 +105,10 @@ test: setup model  ## Run every test; builds .peers first, to compare bytes with
 # make bench WORKLOADS=A,E REPEATS=5 measures some of it; BENCH=--smoke tries the harness on tiny shapes.
 bench: setup peers $(PEERS)/.plot  ## Measure halfbyte beside the usual stack: docs/benchmarks.md; some 45 minutes
 	$(RUN) -m benchmarks $(if $(WORKLOADS),--workloads $(WORKLOADS)) $(if $(REPEATS),--repeats $(REPEATS)) $(BENCH)
+
+# Peaks, and not times, are what it measures: it may run beside other work.
+bench-memory: setup model $(PEERS)/.plot  ## Measure what runs hold, up to 65B, beside their plans: docs/memory.md; some 40 minutes, 39 GB of disk
+	$(RUN) -m benchmarks.memory $(if $(MODELS),--models $(MODELS))
 
 check: setup  ## Lint, check formatting, types, and which module may import which
 	$(VENV)/bin/ruff check .

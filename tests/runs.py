@@ -13,8 +13,8 @@ from halfbyte.recipes.finetune import finetune
 ANSWERS = ("yes", "no, not at all", "it depends on what is meant by that", "certainly")
 
 
-def write_rows(path: Path, rows: int = 12) -> Path:
-    """Questions of very different lengths, and answers that follow from them."""
+def write_rows(path: Path, rows: int = 12, first: int = 0) -> Path:
+    """Questions of very different lengths, and answers that follow from them; those of another `first` are others."""
     lines = [
         {
             "messages": [
@@ -22,7 +22,7 @@ def write_rows(path: Path, rows: int = 12) -> Path:
                 {"role": "assistant", "content": ANSWERS[index % len(ANSWERS)]},
             ]
         }
-        for index in range(rows)
+        for index in range(first, first + rows)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

@@ -3,12 +3,14 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from halfbyte.cli.flags import default_text
 from halfbyte.config import (
     Config,
+    DataConfig,
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
@@ -19,10 +21,13 @@ from halfbyte.config import (
     load_config,
     nearest,
 )
+from halfbyte.config.datasets import DatasetFormat
+from halfbyte.data.formats import FORMATS
 from halfbyte.errors import HalfbyteError
 
 REQUIRED = "model_name_or_path: model\ndataset: rows.jsonl\noutput_dir: runs/first\n"  # three lines
-ALL = [FinetuneConfig, PlanConfig, EvaluateConfig, GenerateConfig, QuantizeConfig, MergeConfig]
+DATA_WORDS = "a file, a directory, a hub id, or a list of {path, weight, split, dataset_format, columns}"
+ALL = [FinetuneConfig, DataConfig, PlanConfig, EvaluateConfig, GenerateConfig, QuantizeConfig, MergeConfig]
 
 
 @pytest.fixture
@@ -62,6 +67,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("resume_from_checkpoint: runs/a/checkpoint-3", "resume_from_checkpoint", "runs/a/checkpoint-3"),
         ("max_steps: 60", "max_steps", 60),
         ("threads: null", "threads", None),
+        ("dataset_split: 'train[:5000]'", "dataset_split", "train[:5000]"),
+        ("columns: {output: answer}", "columns", {"output": "answer"}),
+        ("columns: instruction=question, output=answer", "columns", {"instruction": "question", "output": "answer"}),
         ("<<: {lora_r: 8}", "lora_r", 8),
     ],
 )
@@ -114,9 +122,24 @@ WRONG = [
     ),
     (
         "eval_dataset: 2026-01-31",
-        "run.yaml:4: eval_dataset is 2026-01-31, but it must be the path of a data file (in quotes)",
+        "run.yaml:4: eval_dataset is 2026-01-31, but it must be " + DATA_WORDS + " (in quotes)",
     ),
-    ("eval_dataset: ''", "run.yaml:4: eval_dataset is '', but it must be the path of a data file"),
+    ("eval_dataset: ''", "run.yaml:4: eval_dataset is '', but it must be a file, a directory, a hub id, or a list"),
+    ("eval_dataset: []", "run.yaml:4: eval_dataset is [], but it must be a file, a directory, a hub id, or a list"),
+    (
+        "eval_dataset: {path: a, weigt: 2}",
+        "run.yaml:4: eval_dataset is [{'path': 'a', 'weigt': 2}], but it must be a file, a directory",
+    ),
+    (
+        "eval_dataset: [{path: a, weight: 0}]",
+        "run.yaml:4: eval_dataset is [{'path': 'a', 'weight': 0}], but it must be a file, a directory",
+    ),
+    (
+        "columns: answer",
+        "run.yaml:4: columns is 'answer', but it must be key=column, separated by commas, or a mapping",
+    ),
+    ("columns: {}", "run.yaml:4: columns is {}, but it must be key=column"),
+    ("eval_dataset_split: test", "run.yaml:4: eval_dataset_split is set but eval_dataset is not"),
     ("lr: 1e-4", "run.yaml:4: unknown key 'lr': did you mean learning_rate?"),
     ("learnin_rate: 1e-4", "run.yaml:4: unknown key 'learnin_rate': did you mean learning_rate?"),
     ("per-device-train-batch-size: 2", "did you mean per_device_train_batch_size?"),
@@ -155,7 +178,7 @@ def test_a_wrong_line_is_told_in_one_sentence(write, line: str, sentence: str) -
         ("- a\n- b\n", "run.yaml:1: expected lines of the form `key: value`"),
         ("\n\njust words\n", "run.yaml:3: expected lines of the form `key: value`"),
         (b"\xff\xfe\x00", "run.yaml: not UTF-8 text (byte 0), so not a YAML file"),
-        ("", "dataset is missing (the path of a data file): set it in run.yaml or give --dataset"),
+        ("", f"dataset is missing ({DATA_WORDS}): set it in run.yaml or give --dataset"),
         ("# nothing but a comment\n", "dataset is missing"),
         ("~\n", "run.yaml:1: expected lines of the form `key: value`"),
     ],
@@ -201,6 +224,21 @@ def test_what_is_missing_comes_after_what_is_wrong(write) -> None:
         load_config(FinetuneConfig, write("seed: x"), {})
 
 
+def test_several_data_sets_each_with_settings_of_its_own(write) -> None:
+    text = REQUIRED.replace("rows.jsonl", "[a.jsonl, {path: ~/b, weight: 0.5, split: test, columns: output=answer}]")
+    plain, mapped = load_config(FinetuneConfig, write(text), {}).dataset
+    assert plain == "a.jsonl"
+    assert (mapped.path[0], mapped.weight, mapped.split, mapped.dataset_format) == ("/", 0.5, "test", None)
+    assert mapped.columns == {"output": "answer"}
+    text = REQUIRED.replace("rows.jsonl", "{path: a.jsonl, dataset_format: chip2}")
+    (only,) = load_config(FinetuneConfig, write(text), {}).dataset
+    assert (only.path, only.dataset_format) == ("a.jsonl", "chip2")
+
+
+def test_the_formats_are_those_that_the_readers_know() -> None:
+    assert get_args(DatasetFormat) == ("auto", *FORMATS)
+
+
 def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     values = {"model_name_or_path": "~/model", "dataset": "~/rows.jsonl", "output_dir": "~/runs/~first"}
@@ -212,7 +250,15 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "lines",
-    ["", "max_steps: 9", "report_to: none", "target_modules: [q_proj]", "resume_from_checkpoint: true"],
+    [
+        "",
+        "eval_dataset: [a, {path: b, weight: 2}]",
+        "columns: a=b",
+        "max_steps: 9",
+        "report_to: none",
+        "target_modules: [q_proj]",
+        "resume_from_checkpoint: true",
+    ],
 )
 def test_a_resolved_configuration_can_be_read_again(write, lines: str) -> None:
     config = load_config(FinetuneConfig, write(REQUIRED + lines), {})

@@ -92,7 +92,7 @@ def _curve(base: PreTrainedModel, tokenizer: Any, request: Request) -> dict[str,
     """The losses of a short training run; a seed decides the first adapters and the order of the rows."""
     model = put_adapters_on(base, seed=request["seed"])
     optimizer = hb.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    examples, _ = encode_rows(tokenizer, read_rows(request["rows"], "alpaca"), request["length"])
+    examples, _ = encode_rows(tokenizer, list(read_rows(request["rows"], "alpaca")), request["length"])
     losses = [
         train_step(model, optimizer, batches, 1e-3, 0.3, torch.device("cpu"))["loss"]
         for _, batches in zip(range(request["steps"]), _steps(examples, tokenizer, request), strict=False)

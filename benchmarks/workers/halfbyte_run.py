@@ -22,7 +22,7 @@ from halfbyte.recipes import finetune as recipe
 def prepare(settings: Request) -> tuple[Measure, Reply]:
     torch.set_num_threads(settings["threads"])
     tokenizer = load_tokenizer(settings["model"])
-    rows = read_rows(settings["rows"], "alpaca")
+    rows = list(read_rows(settings["rows"], "alpaca"))
     examples, _ = encode_rows(tokenizer, rows, settings["max_length"])
     lengths = [len(example.input_ids) for example in examples]
     clock = TrainingClock()

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 
 import click
 
-from halfbyte.cli.terminal import printable
 from halfbyte.config import nearest
 from halfbyte.errors import HalfbyteError
+from halfbyte.report.terminal import printable
 
 # The one-line descriptions stand here because reading them from the subcommands would import those.
 SUBCOMMANDS = {
     "finetune": "Fine-tune a model on your data: 4-bit base, low-rank adapters.",
+    "data": "Examine a data set before training on it: masks, lengths, defects.",
     "plan": "Tell what a fine-tuning run will take: memory, its peak, time.",
     "evaluate": "Measure a model, with or without an adapter, on held-out rows.",
     "generate": "Answer one prompt.",

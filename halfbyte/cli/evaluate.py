@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from halfbyte.cli.flags import config_command
-from halfbyte.cli.terminal import printable
 from halfbyte.config import EvaluateConfig
+from halfbyte.report.terminal import printable
 
 if TYPE_CHECKING:
     from halfbyte.recipes.evaluate import EvaluationResult
@@ -26,6 +26,7 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
 
     With --adapter the adapter is put on first; run it once without to see what the adapter changed.
     """
+    from halfbyte.recipes.data_sources import describe_sources, training_sources
     from halfbyte.recipes.evaluate import evaluate
 
     result = evaluate(config, Console(stderr=True))
@@ -34,7 +35,7 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
         return
     console = Console(highlight=False)
     what = f"{config.model_name_or_path} with {config.adapter}" if config.adapter else config.model_name_or_path
-    console.print(f"{what} on {config.dataset}", style="bold", markup=False, soft_wrap=True)
+    console.print(f"{what} on {describe_sources(training_sources(config))}", style="bold", markup=False, soft_wrap=True)
     console.print(_figures(result))
     if result.samples:
         console.print(

@@ -3,8 +3,8 @@
 import sys
 
 from halfbyte.cli.flags import config_command
-from halfbyte.cli.terminal import printable
 from halfbyte.config import GenerateConfig
+from halfbyte.report.terminal import printable
 
 
 @config_command(GenerateConfig)

@@ -58,12 +58,14 @@ def _show(report: "PlanReport", config: PlanConfig) -> None:
 
 
 def _show_verdict(report: "PlanReport", console: Console) -> None:
-    from halfbyte.recipes.planning import describe_changes
+    from halfbyte.recipes.planning import describe_changes, describe_pages
 
     plan = report.plan
     peak = f"{plan.peak_bytes / 1e9:.2f} GB at most, in {plan.peak_moment}; {plan.budget_bytes / 1e9:.2f} GB are there"
     if plan.fits:
         console.print(f"[green]it fits[/]: {peak}", soft_wrap=True)
+        if plan.peak_bytes > plan.budget_bytes:
+            console.print(describe_pages(plan), soft_wrap=True)
         return
     console.print(f"[bold red]it does not fit[/]: {peak}", soft_wrap=True)
     if report.advice is None:

@@ -4,8 +4,10 @@
 the file and line (or the flag), the key, the value that was found and what is allowed.
 """
 
+from halfbyte.config.datasets import DatasetEntry
 from halfbyte.config.keys import (
     Config,
+    DataConfig,
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
@@ -21,6 +23,8 @@ __all__ = [
     "Allowed",
     "Config",
     "ConfigT",
+    "DataConfig",
+    "DatasetEntry",
     "EvaluateConfig",
     "FinetuneConfig",
     "GenerateConfig",

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from halfbyte.config.datasets import Columns, DatasetFormat, DatasetPaths
 from halfbyte.config.values import (
     BlockSize,
-    DataPath,
     MaxSteps,
     MemorySize,
     ModelName,
@@ -63,11 +63,20 @@ class ModelKeys(Config):
 class DataKeys(Config):
     """Data"""
 
-    dataset: DataPath = Field(description="The rows to learn from or to look at: .jsonl or .json.")
-    dataset_format: Literal["auto", "alpaca", "messages"] = Field(
-        "auto", description="What a row looks like; auto looks at the first row."
+    dataset: DatasetPaths = Field(description="The rows to learn from or to look at; several are mixed by weight.")
+    dataset_format: DatasetFormat = Field("auto", description="What a row looks like; auto looks at the first row.")
+    dataset_split: Text | None = Field(
+        None, description="Which split of dataset, or which part: train, train[:5000], test[10%:20%]."
     )
-    max_length: int = Field(1024, ge=2, description="Longest row, in tokens; the beginning of a longer one is cut off.")
+    columns: Columns | None = Field(None, description="Where the keys of the format go by other names in the data.")
+    chat_template: Text | None = Field(
+        None, description="How a conversation is written: a Jinja file or one of ours; by default the model's own."
+    )
+    system_prompt: str | None = Field(None, description="A system message for conversations that have none.")
+    max_length: int = Field(1024, ge=2, description="Longest row, in tokens; truncation says what becomes of others.")
+    truncation: Literal["keep_end", "drop", "split", "error"] = Field(
+        "keep_end", description="A longer row loses its beginning, is left out, is cut into several, or stops the run."
+    )
 
 
 class QuantizationKeys(Config):
@@ -104,12 +113,25 @@ class BatchKeys(Config):
         True, description="Put several rows of data into one of max_length tokens; none sees another."
     )
     train_on_source: bool = Field(False, description="Learn the prompts too, not only the answers.")
+    train_on_last_turn: bool = Field(False, description="Learn the last answer of a conversation only.")
+    data_cache_dir: PathText | None = Field(
+        None, description="Where large data sets are kept tokenized; not said: ~/.cache/halfbyte/data."
+    )
+
+
+class CheckKeys(Config):
+    """Checks of the data"""
+
+    skip_bad_rows: int = Field(
+        0, ge=0, description="Rows that may be left out because they would spoil the run; one more ends it."
+    )
 
 
 class HeldOutKeys(Config):
     """Held-out rows"""
 
-    eval_dataset: DataPath | None = Field(None, description="Rows to measure the loss on, at the end at least.")
+    eval_dataset: DatasetPaths | None = Field(None, description="Rows to measure the loss on, at the end at least.")
+    eval_dataset_split: Text | None = Field(None, description="Which split of eval_dataset, or which part.")
     eval_steps: int | None = Field(None, ge=1, description="Steps between two such measurements.")
     per_device_eval_batch_size: int = Field(8, ge=1, description="Rows in one forward pass.")
 
@@ -164,7 +186,7 @@ class RunKeys(Config):
 class PlannedDataKeys(DataKeys):
     """Data"""
 
-    dataset: DataPath | None = Field(  # type: ignore[assignment]
+    dataset: DatasetPaths | None = Field(  # type: ignore[assignment]
         None, description="The rows to learn from, which tell how many steps there are."
     )
 
@@ -173,7 +195,7 @@ class PlannedRunKeys(RunKeys):
     """The run and what it leaves behind"""
 
     output_dir: PathText | None = Field(  # type: ignore[assignment]
-        None, description="Not looked at: a plan leaves nothing behind."
+        None, description="Not looked at: nothing is left behind."
     )
 
 
@@ -193,6 +215,9 @@ class GenerationKeys(Config):
 
     prompt: Text = Field(description="What the user says; - reads it from standard input.")
     system: str | None = Field(None, description="The system message.")
+    chat_template: Text | None = Field(
+        None, description="A Jinja file or one of ours; by default the adapter's, then the model's."
+    )
     adapter: PathText | None = Field(None, description="The directory of a LoRA adapter to put on the model.")
     max_new_tokens: int = Field(256, ge=1, description="Longest answer, in tokens.")
     temperature: float = Field(0.0, ge=0, description="0 always takes the likeliest token.")
@@ -249,15 +274,15 @@ class AuditKeys(Config):
 
     audit: bool = Field(False, description="Measure every way to merge against the adapter on the 4-bit base.")
     dataset: DataPath | None = Field(None, description="Held-out rows to measure on; by default text is made up.")
-    dataset_format: Literal["auto", "alpaca", "messages"] = Field(
-        "auto", description="What a row looks like; auto looks at the first row."
-    )
+    dataset_format: DatasetFormat = Field("auto", description="What a row looks like; auto looks at the first row.")
     max_length: int = Field(1024, ge=2, description="Longest row, in tokens; the beginning of a longer one is cut off.")
     limit: int | None = Field(None, ge=1, description="Look at the first so many rows only.")
     max_kl: float = Field(0.1, gt=0, description="Mean KL, in nats a token, above which the exit code is 1.")
 
 
-class FinetuneConfig(ModelKeys, DataKeys, QuantizationKeys, LoraKeys, BatchKeys, ScheduleKeys, HeldOutKeys, RunKeys):
+class FinetuneConfig(
+    ModelKeys, DataKeys, CheckKeys, QuantizationKeys, LoraKeys, BatchKeys, ScheduleKeys, HeldOutKeys, RunKeys
+):
     """What `halfbyte finetune` reads."""
 
     @model_validator(mode="after")
@@ -267,12 +292,24 @@ class FinetuneConfig(ModelKeys, DataKeys, QuantizationKeys, LoraKeys, BatchKeys,
 
 
 class PlanConfig(
-    ModelKeys, PlannedDataKeys, QuantizationKeys, LoraKeys, BatchKeys, ScheduleKeys, HeldOutKeys, PlannedRunKeys
-):
+    ModelKeys, PlannedDataKeys, CheckKeys, QuantizationKeys, LoraKeys, BatchKeys, ScheduleKeys, HeldOutKeys,
+    PlannedRunKeys,
+):  # fmt: skip
     """What `halfbyte plan` reads: what `halfbyte finetune` does, of which the model alone is required."""
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "PlanConfig":
+        _check_training_keys(self)
+        return self
+
+
+class DataConfig(
+    ModelKeys, DataKeys, CheckKeys, QuantizationKeys, LoraKeys, BatchKeys, ScheduleKeys, HeldOutKeys, PlannedRunKeys
+):
+    """What `halfbyte data` reads: what `halfbyte finetune` does, so that a run's file can be given as it is."""
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> "DataConfig":
         _check_training_keys(self)
         return self
 
@@ -293,7 +330,7 @@ class MergeConfig(ModelKeys, MergeKeys, CombinationKeys, TrainedQuantizationKeys
     """What `halfbyte merge` reads."""
 
 
-def _check_training_keys(config: "FinetuneConfig | PlanConfig") -> None:
+def _check_training_keys(config: "FinetuneConfig | PlanConfig | DataConfig") -> None:
     """Raises what pydantic turns into its own error where two keys contradict each other."""
     epochs = config.num_train_epochs
     relations = [
@@ -304,6 +341,11 @@ def _check_training_keys(config: "FinetuneConfig | PlanConfig") -> None:
             "leave one of them out",
         ),
         (
+            "eval_dataset_split",
+            config.eval_dataset_split is None or config.eval_dataset is not None,
+            "eval_dataset_split is set but eval_dataset is not, so there is nothing to take that part of",
+        ),
+        (
             "eval_steps",
             config.eval_steps is None or config.eval_dataset is not None,
             "eval_steps is set but eval_dataset is not, so there is nothing to evaluate on",
@@ -312,6 +354,11 @@ def _check_training_keys(config: "FinetuneConfig | PlanConfig") -> None:
             "save_total_limit",
             config.save_total_limit is None or config.save_steps is not None,
             "save_total_limit is set but save_steps is not, so no checkpoint would be written",
+        ),
+        (
+            "train_on_last_turn",
+            not (config.train_on_last_turn and config.train_on_source),
+            "train_on_last_turn and train_on_source contradict each other: leave one of them out",
         ),
         (
             "page_dir",

@@ -96,7 +96,6 @@ _Expanded = AfterValidator(_expand_home)
 
 Text = Annotated[str, _NonEmpty, Allowed("text", "TEXT")]
 PathText = Annotated[str, _NonEmpty, _Expanded, Allowed("a path", "PATH")]
-DataPath = Annotated[str, _NonEmpty, _Expanded, Allowed("the path of a data file", "PATH")]
 ModelName = Annotated[str, _NonEmpty, _Expanded, Allowed("a model directory, a .gguf file or a hub id", "MODEL")]
 Recomputation = Annotated[
     bool | Literal["auto"],

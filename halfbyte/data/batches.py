@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from halfbyte.data.examples import IGNORE_INDEX, Example
+from halfbyte.data.examples import IGNORE_INDEX, Example, lengths_of
 from halfbyte.errors import HalfbyteError
 
 Batch = dict[str, Tensor]
@@ -127,7 +127,7 @@ def training_steps(
     had never stopped. Raises HalfbyteError when the epoch has fewer steps than that.
     """
     steps = plan_steps(
-        [len(example.input_ids) for example in examples],
+        lengths_of(examples).tolist(),
         seed,
         epoch,
         per_device_train_batch_size,

@@ -1,10 +1,14 @@
 """One tokenized text with its labels, and what can be asked of it."""
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from halfbyte.data.templates import Tokenizer
@@ -31,6 +35,39 @@ class Example:
     @property
     def supervised_tokens(self) -> int:
         return int((self.labels != IGNORE_INDEX).sum())
+
+
+class LazyExamples(Sequence[Example]):
+    """Examples that are made when they are asked for, so that a million of them cost what their lengths do."""
+
+    lengths: NDArray[np.int64]  # (examples,): tokens of each
+
+    @abstractmethod
+    def make(self, index: int) -> Example:
+        """The example of this number, from 0."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self.make(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)} examples, and no example {index}")
+        return self.make(index % len(self))
+
+
+def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Tokens of each example, (examples,); no example is made for it."""
+    if isinstance(examples, LazyExamples):
+        return examples.lengths
+    return np.fromiter((len(example.input_ids) for example in examples), np.int64, len(examples))
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -1,28 +1,8 @@
-"""From JSON objects to rows: every row is a conversation that knows the line it came from.
+"""What a row is, whatever file it comes from: a conversation, a text laid out by its author, or both."""
 
-    alpaca      {"instruction": "...", "input": "... or absent", "output": "..."}
-    messages    {"messages": [{"role": "system" | "user" | "assistant", "content": "..."}, ...]}
-
-A row that cannot be trained on as it stands stops the reading with the file and the line: one bad row in
-fifty thousand is found here, before a model is loaded, and not as a strange loss later. Other columns (an id,
-a source, a topic) are left alone, except those that change what is learned: a row with `tools` or `history`
-in it is refused, because reading it without them would teach something else.
-"""
-
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from halfbyte.data.files import read_records
-from halfbyte.errors import HalfbyteError
-
-FORMATS = ("alpaca", "messages")
-ROLES = ("system", "user", "assistant")
-
-# Columns that other trainers act on. Present and not empty, they cannot be passed over in silence.
-_UNREAD_COLUMNS = ("tools", "functions", "documents", "history", "system")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Alpaca(NamedTuple):
@@ -31,115 +11,46 @@ class Alpaca(NamedTuple):
     output: str
 
 
+class Piece(NamedTuple):
+    """A part of a text that is used word for word."""
+
+    text: str
+    learned: bool
+
+
 @dataclass(frozen=True)
 class Row:
-    """One conversation to learn from.
+    """One text to learn from.
 
-    `messages` are `{"role", "content"}` with at least one assistant turn, never the first. `source` is
-    "file:line", for a `.json` list "file:line (row n)", n from 1. `alpaca` holds the fields of an Alpaca row
-    as they were written, for tokenizers that have no chat template.
+    `messages` is a conversation in OpenAI's form, for a chat template: `role` (system, developer, user, assistant or
+    tool) and `content`, which is always text; where present `tool_calls` (`{"type": "function", "function": {"name",
+    "arguments"}}`, the arguments an object), `name`, `tool_call_id` and `reasoning_content`. It has at least one
+    assistant turn, never the first; [] where the row has no reading as a conversation.
+
+    `source` is "file:line"; of a `.json` list "file:line (row n)"; of Parquet, Arrow and hub data "file (row n)", n
+    from 1.
+
+    `alpaca` holds the fields of an Alpaca row as they were written, for the Alpaca templates.
+
+    `pieces` is a text laid out by its author: a BOS before and an EOS after it, as a base model has them, and nothing
+    else. Where `messages` stand beside it, it is for tokenizers without a chat template.
+
+    `tools` are OpenAI's tool schemas (`{"type": "function", "function": {...}}`), for the chat template.
     """
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     source: str
     alpaca: Alpaca | None = None
+    pieces: tuple[Piece, ...] | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
-def read_rows(path: str | Path, dataset_format: str = "auto") -> list[Row]:
-    """All rows of a `.json` or `.jsonl` file, in its order.
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: what `dataset` says, entry by entry."""
 
-    `dataset_format` is "alpaca", "messages" or "auto", which goes by the keys of the first row. Raises
-    HalfbyteError, with the file and the line, for a file or a row that is not what the module's page says.
-    """
-    if dataset_format not in ("auto", *FORMATS):
-        raise HalfbyteError(f"dataset_format '{dataset_format}' is not known: use auto, {' or '.join(FORMATS)}")
-    rows: list[Row] = []
-    for record, source in read_records(Path(path)):
-        if not isinstance(record, dict):
-            raise HalfbyteError(f"{source}: a row must be an object with named keys, this is {_kind(record)}")
-        if dataset_format == "auto":
-            dataset_format = _detect_format(record, source)
-        for key in _UNREAD_COLUMNS:
-            if record.get(key):
-                raise HalfbyteError(f"{source}: '{key}' is not something this version trains on: remove it")
-        rows.append(_alpaca_row(record, source) if dataset_format == "alpaca" else _messages_row(record, source))
-    if not rows:
-        raise HalfbyteError(f"{path}: the list is empty, there is nothing to learn")
-    return rows
-
-
-def _detect_format(record: dict[str, Any], source: str) -> str:
-    found = [name for name, key in (("alpaca", "instruction"), ("messages", "messages")) if key in record]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise HalfbyteError(f"{source}: has both 'instruction' and 'messages': say which to use with dataset_format")
-    keys = ", ".join(sorted(repr(key) for key in record))[:200] or "none"
-    raise HalfbyteError(
-        f"{source}: the format cannot be told from the keys ({keys}): "
-        "a row needs 'messages', or 'instruction' and 'output'"
-    )
-
-
-def _alpaca_row(record: dict[str, Any], source: str) -> Row:
-    instruction = _text(record, "instruction", source)
-    output = _text(record, "output", source)
-    context = "" if record.get("input") is None else _text(record, "input", source)
-    for key, value in (("instruction", instruction), ("output", output)):
-        if not value.strip():
-            raise HalfbyteError(f"{source}: '{key}' is empty: fill it or remove the row")
-    if not context.strip():
-        context = ""
-    messages = [
-        {"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction},
-        {"role": "assistant", "content": output},
-    ]
-    return Row(messages, source, Alpaca(instruction, context, output))
-
-
-def _messages_row(record: dict[str, Any], source: str) -> Row:
-    if "messages" not in record:
-        raise HalfbyteError(f"{source}: the key 'messages' is missing")
-    turns = record["messages"]
-    if not isinstance(turns, list):
-        raise HalfbyteError(f"{source}: 'messages' must be a list, this is {_kind(turns)}")
-    messages = [_message(turn, f"{source}: messages[{index}]") for index, turn in enumerate(turns)]
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise HalfbyteError(f"{source}: there is no assistant turn, so nothing to learn: add one or remove the row")
-    if roles[0] == "assistant":
-        raise HalfbyteError(f"{source}: the first message is an assistant turn: put what it answers before it")
-    return Row(messages, source)
-
-
-def _message(turn: Any, where: str) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise HalfbyteError(f"{where} must be an object with 'role' and 'content', this is {_kind(turn)}")
-    role, content = _text(turn, "role", where), _text(turn, "content", where)
-    if role not in ROLES:
-        raise HalfbyteError(f"{where}: the role '{role[:40]}' is not known: use {', '.join(ROLES)}")
-    extra = sorted(key for key, value in turn.items() if key not in ("role", "content") and value is not None)
-    if extra:  # tool_calls, weight, thinking, ...: each would change what is learned
-        raise HalfbyteError(f"{where}: '{extra[0][:40]}' is not something this version trains on: remove it")
-    if role == "assistant" and not content.strip():
-        raise HalfbyteError(f"{where}: the assistant turn is empty: fill it or remove the row")
-    return {"role": role, "content": content}
-
-
-def _text(record: dict[str, Any], key: str, where: str) -> str:
-    if key not in record:
-        raise HalfbyteError(f"{where}: the key '{key}' is missing")
-    value = record[key]
-    if not isinstance(value, str):
-        raise HalfbyteError(f"{where}: '{key}' must be text, this is {_kind(value)}")
-    if _SURROGATE.search(value):
-        raise HalfbyteError(f"{where}: '{key}' holds half of a surrogate pair, which no tokenizer can read: remove it")
-    return value
-
-
-def _kind(value: Any) -> str:
-    """A JSON value in a reader's words."""
-    if value is None:
-        return "null"
-    names = {bool: "true or false", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
+    path: str  # a file, a directory or a hub id
+    weight: float | None = None  # its share of a mix; None: every row once
+    split: str | None = None  # "train", "train[:5000]", "test[10%:20%]"; None: the training split, all of it
+    dataset_format: str = "auto"
+    columns: Mapping[str, str] | None = None  # key of the format -> column of the data

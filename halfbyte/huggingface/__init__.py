@@ -6,6 +6,7 @@ from halfbyte.huggingface.load import load_model, load_tokenizer
 from halfbyte.huggingface.patch import Replacement, accelerate_model, describe_replacements, replacements_of
 from halfbyte.huggingface.peft import add_lora
 from halfbyte.huggingface.quantizer import QuantizationConfig
+from halfbyte.huggingface.tokenizer import prepare_tokenizer
 
 __all__ = [
     "QuantizationConfig",
@@ -16,6 +17,7 @@ __all__ = [
     "describe_replacements",
     "load_model",
     "load_tokenizer",
+    "prepare_tokenizer",
     "replacements_of",
     "use_attention",
 ]

@@ -1,6 +1,6 @@
 """Text from a model, by transformers' own generation; a single prompt by the fast decoder where there is one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation import GenerationMode
 
+from halfbyte.data.masks import turn_end_ids
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.decode import fast_decoder
 
@@ -16,7 +17,7 @@ from halfbyte.huggingface.decode import fast_decoder
 def generate_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: Sequence[str | list[int]],
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -25,8 +26,8 @@ def generate_texts(
     """What the model writes after each prompt, without special tokens; greedy at temperature 0.
 
     Args:
-        prompts: already rendered by the tokenizer's chat template, if it has one. Generated as one batch, padded on
-            the left.
+        prompts: already rendered by the tokenizer's chat template, if it has one, or the ids of that, which are used
+            as they are. Generated as one batch, padded on the left.
         stream: called with each piece of the text as it is written; for a single prompt.
     """
     model.eval()
@@ -50,7 +51,9 @@ def generate_texts(
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in output[:, width:]]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int]) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
     ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     # A template writes the beginning-of-text token itself; without one the text begins as it does in training.
     begins = [] if tokenizer.chat_template else tokenizer("")["input_ids"][:1]
@@ -91,7 +94,7 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """The model's own, and the tokenizer's, which an adapter on a base model has learned to end with."""
+    """The model's own, the tokenizer's, and what the chat template ends an answer with: an adapter has learned that."""
     own = model.generation_config.eos_token_id
-    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    ids = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *turn_end_ids(tokenizer)} - {None}
     return sorted(ids) or None

@@ -14,10 +14,12 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
+from halfbyte import formats
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.load import build_on_meta
 from halfbyte.huggingface.peft import wrap_model
 from halfbyte.huggingface.quantizer import QuantizationConfig, Quantizer
+from halfbyte.huggingface.safetensors_files import LARGE_BYTES
 from halfbyte.huggingface.source import locate, read_config
 from halfbyte.nn import Linear4bit
 from halfbyte.quant import quantized_bytes
@@ -76,6 +78,9 @@ def take_inventory(model: PeftModel) -> Inventory:
     base = model.get_base_model()
     linears = [module for module in model.modules() if isinstance(module, Linear4bit)]
     sizes = [layer.in_features * layer.out_features for layer in linears]
+    in_4_bits = [
+        quantized_bytes(size, layer.block_size, layer.double_quant) for size, layer in zip(sizes, linears, strict=True)
+    ]
     codes = {id(layer.weight) for layer in linears}
     constants = {
         id(tensor) for layer in linears for tensor in (layer.absmax, layer.nested_absmax) if tensor is not None
@@ -92,16 +97,34 @@ def take_inventory(model: PeftModel) -> Inventory:
     return Inventory(
         parameters=sum(sizes) + sum(parameter.numel() for parameter in frozen.values()),
         quantized_parameters=sum(sizes),
-        quantized_bytes=sum(
-            quantized_bytes(size, layer.block_size, layer.double_quant)
-            for size, layer in zip(sizes, linears, strict=True)
-        ),
+        quantized_bytes=sum(in_4_bits),
         remainder_bytes=sum(remainder) + sum(buffers),
         largest_tensor_bytes=max(remainder + in_16_bits, default=0),
         adapter_sizes=tuple(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         vocabulary=text.vocab_size,
         layers=text.num_hidden_layers,
     )
+
+
+def count_mapped_bytes(model_name_or_path: str, outline: PeftModel) -> int:
+    """Bytes of the model that are pages of its files once it is loaded on the CPU: those of a 4-bit checkpoint.
+
+    Taken for granted is that the file's tensors begin where their types can be read.
+    """
+    config = read_config(locate(model_name_or_path, with_weights=False))
+    if getattr(config, "quantization_config", None) is None:
+        return 0
+    linears = [module for module in outline.modules() if isinstance(module, Linear4bit)]
+    codes = {id(layer.weight) for layer in linears}
+    sizes = []
+    for layer in linears:
+        n = layer.in_features * layer.out_features
+        blocks = formats.block_count(n, layer.block_size)
+        sizes += [formats.packed_bytes(n), blocks if layer.double_quant else 4 * blocks]
+    for parameter in outline.get_base_model().parameters():
+        if not parameter.requires_grad and id(parameter) not in codes and parameter.ndim > 1:
+            sizes.append(parameter.nbytes if parameter.dtype == config.dtype else 0)
+    return sum(size for size in sizes if size >= LARGE_BYTES)
 
 
 def _loaded_bytes(model: Any, name: str, parameter: Tensor) -> int:

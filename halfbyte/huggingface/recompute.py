@@ -116,7 +116,7 @@ def probe_activations(model: nn.Module) -> dict[str, float]:
 
 
 def choose_recomputation(
-    bytes_a_token: dict[str, float],  # what `measure_activation_bytes` found
+    bytes_a_token: Mapping[str, float],  # what `measure_activation_bytes` found
     tokens: int,  # of the largest micro-batch, padding included
     budget_bytes: float,
 ) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from halfbyte.errors import HalfbyteError
 
-_LARGE_BYTES = 1 << 14
+LARGE_BYTES = 1 << 14
 _DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -93,5 +93,5 @@ def large_places(file: Path) -> Iterator[tuple[str, Place]]:
         begin, end = entry["data_offsets"]
         place = Place(_DTYPES[entry["dtype"]], entry["shape"], 8 + size + begin, end - begin)
         is_matrix = len(place.shape) > 1 or name.endswith(".absmax")
-        if is_matrix and place.nbytes >= _LARGE_BYTES and place.offset % place.dtype.itemsize == 0:
+        if is_matrix and place.nbytes >= LARGE_BYTES and place.offset % place.dtype.itemsize == 0:
             yield name, place

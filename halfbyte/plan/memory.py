@@ -10,6 +10,9 @@
 
 The peak is the largest of the moments of a run. Loading holds what is loaded so far and one tensor in 16 bits; a step
 holds everything at the end of its forward pass; an evaluation has no gradients and keeps one layer's activations.
+
+What is a page of a file counts for as long as there is room: paged state, and the weights of a 4-bit checkpoint, which
+are mapped. Where memory is short both leave it, so that a run is possible wherever the rest of it fits.
 """
 
 from collections.abc import Mapping
@@ -40,6 +43,7 @@ class Footprint:
     activation_bytes: Mapping[str, float]  # level -> a token of a micro-batch; the levels that the model has
     process_bytes: int
     threads: int
+    mapped_bytes: int = 0  # of the model: pages of its files. Then nothing is quantized while it is loaded
 
     @property
     def model_bytes(self) -> int:
@@ -96,9 +100,10 @@ class Plan:
         }
 
     def moments(self) -> dict[str, int]:
-        """Bytes at the times that can be the peak.  Paged state counts for as long as there is room for it."""
+        """Bytes at the times that can be the peak.  Pages of files count for as long as there is room for them."""
         parts, footprint, settings = self.parts(), self.footprint, self.settings
-        loading = parts["process"] + footprint.model_bytes + _LOADING_COPIES * footprint.largest_tensor_bytes
+        copies = 0 if footprint.mapped_bytes else _LOADING_COPIES
+        loading = parts["process"] + footprint.model_bytes + copies * footprint.largest_tensor_bytes
         moments = {"loading the model": loading, "a training step": sum(parts.values())}
         if settings.evaluated_rows:
             without = parts["gradients"] + parts["activations"]
@@ -117,14 +122,30 @@ class Plan:
 
     @property
     def least_bytes(self) -> int:
-        """The peak when memory is short: without what can leave it."""
-        state = self.parts()["optimizer state"] if self.settings.paged else 0
-        moments = self.moments()
-        return max(bytes_ - (state if name != "loading the model" else 0) for name, bytes_ in moments.items())
+        """The peak when memory is short: without the pages of files."""
+        return self._peak_without_state() - self.footprint.mapped_bytes
 
     @property
     def fits(self) -> bool:
         return self.least_bytes <= self.budget_bytes
+
+    @property
+    def stays(self) -> bool:
+        """Whether it fits with its weights in memory, so that no step has to read them again."""
+        return self._peak_without_state() <= self.budget_bytes
+
+    @property
+    def activation_budget(self) -> int:
+        """What the budget leaves for activations, if the weights are to stay in memory."""
+        parts = self.parts()
+        return self.budget_bytes - sum(parts.values()) + parts["activations"] + self._paged_state()
+
+    def _peak_without_state(self) -> int:
+        state = self._paged_state()
+        return max(size - (state if name != "loading the model" else 0) for name, size in self.moments().items())
+
+    def _paged_state(self) -> int:
+        return self.parts()["optimizer state"] if self.settings.paged else 0
 
     def trained_sizes(self) -> tuple[int, ...]:
         """Values of each trained tensor: those of an adapter are in proportion to its rank."""
@@ -139,9 +160,9 @@ class Plan:
         return replace(self, settings=replace(self.settings, **changes))  # type: ignore[arg-type]
 
     def at_fastest_level(self) -> "Plan":
-        """At the first level of recomputation that fits the budget; at the smallest if none does."""
+        """At the first level of recomputation that fits the budget with the weights; at the smallest if none does."""
         plans = [self.with_settings(level=level) for level in self.levels()]
-        return next((plan for plan in plans if plan.fits), plans[-1])
+        return next((plan for plan in plans if plan.stays), plans[-1])
 
 
 @cache

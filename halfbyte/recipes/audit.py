@@ -13,6 +13,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def audit_examples(
         HalfbyteError: whatever the readers refuse.
     """
     if dataset is not None:
-        rows = read_rows(dataset, dataset_format)[:limit]
+        rows = list(islice(read_rows(dataset, dataset_format), limit))
         examples, _ = encode_rows(tokenizer, rows, max_length)
         return examples, False
     special = set(tokenizer.all_special_ids)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.checkpoint.files import write_json
 from halfbyte.checkpoint.output import check_writable
 from halfbyte.config import EvaluateConfig
-from halfbyte.data import Row, encode_rows, read_rows, render_alpaca_prompt, render_chat
-from halfbyte.huggingface import load_model, load_tokenizer
+from halfbyte.data import Row, encode_prompt, encode_rows, read_sources
+from halfbyte.huggingface import load_model, prepare_tokenizer
 from halfbyte.huggingface.generate import generate_texts
 from halfbyte.huggingface.peft import load_adapter, read_adapter_config
+from halfbyte.recipes.data_sources import training_sources
 from halfbyte.recipes.training import evaluate_loss, evaluation_batches
 
 
@@ -56,9 +58,9 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Evaluati
         read_adapter_config(config.adapter)
     if config.output is not None:
         check_writable(Path(config.output), "output")
-    tokenizer = load_tokenizer(config.model_name_or_path)
-    rows = read_rows(config.dataset, config.dataset_format)[: config.limit]
-    examples, _ = encode_rows(tokenizer, rows, config.max_length)
+    tokenizer = prepare_tokenizer(config.model_name_or_path, config.adapter, config.chat_template, config.system_prompt)
+    rows = list(islice(read_sources(training_sources(config)), config.limit))
+    examples, _ = encode_rows(tokenizer, rows, config.max_length, truncation=config.truncation)
     model, _ = load_model(
         config.model_name_or_path,
         config.quant_type,
@@ -96,21 +98,16 @@ def _answers(
     size = config.per_device_eval_batch_size
     for start in track(range(0, len(rows), size), "answering", console=console, disable=not console.is_terminal):
         batch = rows[start : start + size]
-        prompts, answers = zip(*(_prompt_and_answer(tokenizer, row) for row in batch), strict=True)
+        prompts, answers = zip(*(encode_prompt(tokenizer, row) for row in batch), strict=True)
         texts = generate_texts(model, tokenizer, list(prompts), config.max_new_tokens)
         for row, answer, text in zip(batch, answers, texts, strict=True):
-            yield Sample(row.messages[_last_answer(row) - 1]["content"], answer.strip(), text.strip())
+            yield Sample(_asked(row), answer.strip(), text.strip())
 
 
-def _prompt_and_answer(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, str]:
-    """What comes before the row's last answer, rendered as in training, and that answer."""
-    if not tokenizer.chat_template and row.alpaca is not None:
-        return render_alpaca_prompt(row.alpaca), row.alpaca.output
-    last = _last_answer(row)
-    prompt = render_chat(tokenizer, row.messages[:last], row.source, add_generation_prompt=True)
-    return prompt, row.messages[last]["content"]
-
-
-def _last_answer(row: Row) -> int:
-    """Where in the row's messages it is; never the first, which no row begins with."""
-    return max(index for index, message in enumerate(row.messages) if message["role"] == "assistant")
+def _asked(row: Row) -> str:
+    """The last thing that was said before the answer."""
+    if not row.messages:
+        return "".join(piece.text for piece in (row.pieces or ())[:-1])
+    last = max(index for index, message in enumerate(row.messages) if message["role"] == "assistant")
+    asked: str = row.messages[last - 1]["content"]
+    return asked

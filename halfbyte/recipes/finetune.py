@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,20 @@ from halfbyte.checkpoint.resume import (
     save_checkpoint,
 )
 from halfbyte.config import FinetuneConfig
-from halfbyte.data import Batch, Example, encode_rows, fingerprint, pack, preview, read_rows, training_steps
+from halfbyte.data import Batch, Example, fingerprint, pack, preview, training_steps
+from halfbyte.data.checks import find_control_tokens
+from halfbyte.data.masks import special_tokens
 from halfbyte.errors import HalfbyteError
-from halfbyte.huggingface import add_lora, describe_replacements, load_model, load_tokenizer, replacements_of
+from halfbyte.huggingface import add_lora, describe_replacements, load_model, prepare_tokenizer, replacements_of
+from halfbyte.huggingface.segments import keeps_packed_apart
 from halfbyte.optim import OPTIMIZERS, AdamW, check_page_dir, learning_rate_factor
 from halfbyte.plan import Plan
+from halfbyte.recipes.data_sources import held_out_sources, training_sources
 from halfbyte.recipes.display import Display
 from halfbyte.recipes.interrupt import heard_at_step_end
-from halfbyte.recipes.memory import plan_memory
+from halfbyte.recipes.memory import give_back_freed_memory, plan_memory
 from halfbyte.recipes.metrics import Metrics, check_trackers, forget_after
 from halfbyte.recipes.planning import (
-    TrainingConfig,
     UnplannableError,
     check_fits,
     count_steps,
@@ -43,19 +46,25 @@ from halfbyte.recipes.planning import (
     plan_run,
 )
 from halfbyte.recipes.provenance import peak_resident_bytes, write_run_file
+from halfbyte.recipes.tokenizing import read_data
 from halfbyte.recipes.training import PassOutOfMemoryError, evaluate_loss, evaluation_batches, train_step
+from halfbyte.report.masked import masked_text
 
 # What may differ between a run and its continuation: nothing here changes a number of the training. Where the model
 # and the data lie may change; that they are the same is told by their fingerprints.
 _FREE_TO_CHANGE = {
     "model_name_or_path",
     "dataset",
+    "dataset_split",
+    "columns",
     "output_dir",
     "overwrite_output_dir",
     "resume_from_checkpoint",
     "eval_dataset",
+    "eval_dataset_split",
     "eval_steps",
     "per_device_eval_batch_size",
+    "skip_bad_rows",
     "save_steps",
     "save_total_limit",
     "logging_steps",
@@ -64,6 +73,7 @@ _FREE_TO_CHANGE = {
     "max_memory",
     "over_budget",
     "page_dir",
+    "data_cache_dir",
 }
 
 
@@ -94,13 +104,12 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
     check_inputs(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = prepare_tokenizer(config.model_name_or_path, None, config.chat_template, config.system_prompt)
     train, held_out = read_data(config, tokenizer, console)
+    rows = pack(train, config.max_length) if config.packing else train
     if config.packing:
-        rows = pack(train, config.max_length)
         console.print(f"packed into {len(rows):,} rows of at most {config.max_length} tokens", highlight=False)
-        train = rows
-    plan = make_plan(config, train, held_out, console)
+    plan = make_plan(config, rows, held_out, console)
     if plan is not None and config.over_budget == "refuse":
         check_fits(plan, config.max_memory)
     torch.manual_seed(config.seed)  # the adapter's initial values, and dropout after them
@@ -113,26 +122,35 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
         _device(),
     )
     console.print(describe_replacements(replacements_of(model)), highlight=False)
-    run = Run(config, add_lora(model, lora_config(config)), tokenizer, train, held_out, console, plan)
+    if config.packing and not keeps_packed_apart(model):
+        rows = train
+        console.print(
+            "  note: this model does not keep packed rows apart, so they are not packed: those of like length share a"
+            " batch",
+            style="yellow",
+            highlight=False,
+        )
+    give_back_freed_memory()  # what loading worked in
+    run = Run(config, add_lora(model, lora_config(config)), tokenizer, rows, held_out, console, plan)
     return run.execute()
 
 
 def dry_run(config: FinetuneConfig, console: Console) -> None:
     """Check everything that a run would, and show the first example: what is learned, and what is only read."""
     check_inputs(config)
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = prepare_tokenizer(config.model_name_or_path, None, config.chat_template, config.system_prompt)
     train, held_out = read_data(config, tokenizer, console)
     make_plan(config, pack(train, config.max_length) if config.packing else train, held_out, console)
     # Where there are no colours, brackets tell the two apart.
     told_by = "green" if console.color_system else "in ⟦brackets⟧"
     console.print(f"\nthe first example; what is learned is {told_by}:\n", highlight=False)
-    for text, learned in preview(tokenizer, train[0]):
-        shown = f"⟦{text}⟧" if learned and not console.color_system else text
-        console.print(shown, style="green" if learned else "dim", end="", markup=False, highlight=False)
-    console.print()
+    control_tokens = find_control_tokens(special_tokens(tokenizer))
+    console.print(masked_text(preview(tokenizer, train[0]), control_tokens, console.color_system is not None))
 
 
-def make_plan(config: FinetuneConfig, train: list[Example], held_out: list[Example], console: Console) -> Plan | None:
+def make_plan(
+    config: FinetuneConfig, train: Sequence[Example], held_out: Sequence[Example], console: Console
+) -> Plan | None:
     """What the run will hold, said to a person; None where that is not known beforehand.
 
     Raises:
@@ -159,35 +177,17 @@ def check_inputs(config: FinetuneConfig) -> None:
         # The checkpoint of another run may be gone on from in a new directory.
         resume = _is_within(checkpoint, output_dir)
     check_output_dir(output_dir, resume=resume, overwrite=config.overwrite_output_dir)
-    for key in ("model_name_or_path", "dataset", "eval_dataset") if config.overwrite_output_dir else ():
-        path = getattr(config, key)
-        if path is not None and _is_within(Path(path), output_dir):
+    read = {
+        "model_name_or_path": [config.model_name_or_path],
+        "dataset": [source.path for source in training_sources(config)],
+        "eval_dataset": [source.path for source in held_out_sources(config)],
+    }
+    for key, path in [(key, path) for key, paths in read.items() for path in paths if config.overwrite_output_dir]:
+        if _is_within(Path(path), output_dir):
             raise HalfbyteError(f"{key} {path} is in output_dir, which overwrite_output_dir would remove; move it.")
     if config.page_dir is not None:
         check_page_dir(Path(config.page_dir))
     check_trackers(config.report_to)
-
-
-def read_data(
-    config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> tuple[list[Example], list[Example]]:
-    """The training and the held-out rows, tokenized and masked; the second is empty where there are none."""
-    sets: list[list[Example]] = []
-    for path in (config.dataset, config.eval_dataset):
-        if path is None:
-            sets.append([])
-            continue
-        rows = read_rows(path, config.dataset_format)
-        examples, statistics = encode_rows(tokenizer, rows, config.max_length, config.train_on_source)
-        console.print(
-            f"{path}: {statistics.rows:,} rows, {statistics.tokens:,} tokens,"
-            f" {statistics.supervised_tokens:,} of them learned; the longest has {statistics.longest}",
-            highlight=False,
-        )
-        for warning in statistics.warnings():
-            console.print(f"  note: {warning}", style="yellow", highlight=False)
-        sets.append(examples)
-    return sets[0], sets[1]
 
 
 @dataclass
@@ -197,8 +197,8 @@ class Run:
     config: FinetuneConfig
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     console: Console
     plan: Plan | None = None
 
@@ -216,7 +216,7 @@ class Run:
             **OPTIMIZERS[config.optim],
             page_dir=_page_dir(config),
         )
-        self.memory = plan_memory(config, self.model, self.train, self.device)
+        self.memory = plan_memory(config, self.model, self.train, self.device, self.plan)
         self.console.print(self.memory.describe(), highlight=False)
         self.base_sha256 = weights_sha256(self.model)
         self.data_sha256 = fingerprint(self.train)

@@ -6,7 +6,7 @@ import torch
 
 from halfbyte.data import render_chat
 from halfbyte.errors import HalfbyteError
-from halfbyte.huggingface import load_model
+from halfbyte.huggingface import load_model, prepare_tokenizer
 from halfbyte.huggingface.generate import generate_texts
 from halfbyte.huggingface.peft import load_adapter, read_adapter_config
 
@@ -17,6 +17,7 @@ def generate(
     *,
     adapter: str | None = None,
     system: str | None = None,
+    chat_template: str | None = None,
     quant_type: str = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
@@ -27,16 +28,15 @@ def generate(
     seed: int = 42,
     stream: Callable[[str], None] | None = None,
 ) -> str:
-    """Answer a prompt in the model's own chat template, or go on with it where there is none; greedy at 0.
+    """Answer a prompt in the chat template of the adapter or the model; go on with it where there is none; greedy at 0.
 
     Raises:
         HalfbyteError: whatever `load_model` and `load_adapter` refuse; a system message without a template.
     """
     if adapter is not None:
         read_adapter_config(adapter)  # before the model is loaded, which takes its time
-    model, tokenizer = load_model(
-        model_name_or_path, quant_type, block_size, double_quant, getattr(torch, compute_dtype)
-    )
+    tokenizer = prepare_tokenizer(model_name_or_path, adapter, chat_template)
+    model, _ = load_model(model_name_or_path, quant_type, block_size, double_quant, getattr(torch, compute_dtype))
     if adapter is not None:
         model = load_adapter(model, adapter)
     messages = [{"role": "system", "content": system}] if system else []
@@ -45,7 +45,8 @@ def generate(
         prompt = render_chat(tokenizer, messages, "the prompt", add_generation_prompt=True)
     elif system:
         raise HalfbyteError(
-            f"{model_name_or_path} has no chat template, so no place for a system message; leave it out."
+            f"{model_name_or_path} has no chat template, so no place for a system message; set chat_template, or"
+            " leave it out."
         )
     torch.manual_seed(seed)
     (answer,) = generate_texts(model, tokenizer, [prompt], max_new_tokens, temperature, top_p, stream)

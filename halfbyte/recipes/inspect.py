@@ -85,7 +85,7 @@ def _adapter(directory: Path) -> Description:
     from_ = []
     if run:
         from_.append(_said_by(run, f"Trained by halfbyte {run['versions'].get('halfbyte')}"))
-        from_ += [f"On {_data(name, data)}." for name, data in (run.get("data") or {}).items()]
+        from_ += [f"On {_data(name, data)}." for name, said in (run.get("data") or {}).items() for data in said]
         if run.get("result"):
             result = run["result"]
             from_.append(f"{result['steps']} of {result['total_steps']} steps; the last loss was {result['loss']:.4f}.")
@@ -225,7 +225,8 @@ def _said_by(record: dict[str, Any], beginning: str) -> str:
 
 def _data(name: str, data: dict[str, Any]) -> str:
     what = "the rows of" if name == "dataset" else "held-out rows of"
-    return f"{what} {data['path']} (SHA-256 {data['sha256'][:_SHORT]}…)"
+    sums = ", ".join(f"{sha256[:_SHORT]}…" for sha256 in data["sha256"].values())
+    return f"{what} {data['path']}" + (f" (SHA-256 {sums})" if sums else "")
 
 
 def _in_4_bits(quantization: dict[str, Any] | None) -> str:

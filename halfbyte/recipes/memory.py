@@ -5,6 +5,9 @@ is taken. If memory runs out all the same, a step is taken again in smaller pass
 the next level. The loss is the mean over the whole step's supervised tokens, so its split into passes does not count.
 """
 
+import ctypes
+import gc
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,12 +16,12 @@ import torch
 from torch import nn
 
 from halfbyte.config import FinetuneConfig, memory_bytes
-from halfbyte.data import Batch, Example
+from halfbyte.data import Batch, Example, lengths_of
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.mapped import mapped_bytes
 from halfbyte.huggingface.recompute import LEVELS, choose_recomputation, measure_activation_bytes, set_recomputation
 from halfbyte.optim import OPTIMIZERS
-from halfbyte.plan import LOGITS_BYTES, optimizer_bytes
+from halfbyte.plan import LOGITS_BYTES, Plan, optimizer_bytes
 
 MARGIN = 0.9  # of what is there: the allocator's gaps, and what other programs will ask for
 
@@ -30,7 +33,7 @@ class Memory:
     model: nn.Module
     level: str
     rows: int
-    bytes_a_token: dict[str, float]  # of activations, at the levels that the model can be run at
+    bytes_a_token: Mapping[str, float]  # of activations, at the levels that the model can be run at
     tokens: int  # of the largest micro-batch, padding included
     budget_bytes: float  # for activations; what is left when the model and the optimizer have theirs
     wanted: str  # the key's value, as it is typed
@@ -91,21 +94,18 @@ class Memory:
         return f"memory ran out; {did}"
 
 
-def plan_memory(config: FinetuneConfig, model: nn.Module, train: list[Example], device: torch.device) -> Memory:
-    """Choose what to recompute, and set the model to it.
+def plan_memory(
+    config: FinetuneConfig, model: nn.Module, train: Sequence[Example], device: torch.device, plan: Plan | None = None
+) -> Memory:
+    """Choose what to recompute, and set the model to it; what a token takes is measured where no plan says it.
 
     Raises:
         HalfbyteError: `gradient_checkpointing` is true and the model's layers cannot be recomputed.
     """
     rows = config.per_device_train_batch_size
-    bytes_a_token = measure_activation_bytes(model)
-    tokens = min(rows, len(train)) * max(len(example.input_ids) for example in train)
-    sizes = tuple(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    optimizer = OPTIMIZERS[config.optim]
-    state = 0 if optimizer["paged"] else optimizer_bytes(sizes, optimizer["state_bits"])  # pages leave for what else is
-    spare = _spare_bytes(config.max_memory, device) - 4 * sum(sizes) - state - LOGITS_BYTES
-    if config.max_memory is None:  # pages of files count as available, since they can leave; each step wants these back
-        spare -= mapped_bytes(model)
+    bytes_a_token = measure_activation_bytes(model) if plan is None else plan.footprint.activation_bytes
+    tokens = min(rows, len(train)) * int(lengths_of(train).max())
+    spare = _spare_for_activations(config, model, device) if plan is None else plan.activation_budget
     if config.gradient_checkpointing == "auto":
         level = choose_recomputation(bytes_a_token, tokens, spare)
     else:
@@ -115,9 +115,25 @@ def plan_memory(config: FinetuneConfig, model: nn.Module, train: list[Example], 
     return Memory(model, level, rows, bytes_a_token, tokens, spare, wanted)
 
 
-def whole_budget_bytes(max_memory: str | None) -> int:
+def _spare_for_activations(config: FinetuneConfig, model: nn.Module, device: torch.device) -> float:
+    """What a loaded model leaves for them."""
+    sizes = tuple(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = OPTIMIZERS[config.optim]
+    state = 0 if optimizer["paged"] else optimizer_bytes(sizes, optimizer["state_bits"])  # pages leave for what else is
+    # Pages of files count as available, since they can leave, and are not yet there; each step wants them.
+    return _spare_bytes(config.max_memory, device) - mapped_bytes(model) - 4 * sum(sizes) - state - LOGITS_BYTES
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what this process has freed: glibc keeps what lies between blocks that are still in use."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def whole_budget_bytes(max_memory: str | None, resident: int) -> int:
     """What this process may take in all: what it has by now, and what is there beside it."""
-    resident = float(psutil.Process().memory_info().rss)
     return round(resident + _spare_bytes(max_memory, torch.device("cpu")))
 
 

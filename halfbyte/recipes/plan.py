@@ -1,5 +1,6 @@
 """What a run will take, told without running it: memory by part, its peak, the time of a step, what to change."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,12 +8,12 @@ import torch
 from rich.console import Console
 
 from halfbyte.config import PlanConfig
-from halfbyte.data import Example, pack
-from halfbyte.huggingface import load_tokenizer
+from halfbyte.data import Example, lengths_of, pack
+from halfbyte.huggingface import prepare_tokenizer
 from halfbyte.huggingface.miniature import time_pass
 from halfbyte.plan import Advice, Plan, advise, most_tokens, smallest_budget
-from halfbyte.recipes.finetune import read_data
 from halfbyte.recipes.planning import count_steps, plan_run
+from halfbyte.recipes.tokenizing import read_data
 
 CALIBRATION_SECONDS = 10.0
 
@@ -41,6 +42,7 @@ class PlanReport:
             "peak_bytes": plan.peak_bytes,
             "peak_moment": plan.peak_moment,
             "least_bytes": plan.least_bytes,
+            "mapped_bytes": plan.footprint.mapped_bytes,
             "budget_bytes": plan.budget_bytes,
             "fits": plan.fits,
             "level": plan.settings.level,
@@ -70,10 +72,11 @@ def plan(config: PlanConfig, console: Console, with_time: bool = True) -> PlanRe
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    train: list[Example] = []
-    held_out: list[Example] = []
+    train: Sequence[Example] = []
+    held_out: Sequence[Example] = []
     if config.dataset is not None:
-        train, held_out = read_data(config, load_tokenizer(config.model_name_or_path), console)
+        tokenizer = prepare_tokenizer(config.model_name_or_path, None, config.chat_template, config.system_prompt)
+        train, held_out = read_data(config, tokenizer, console)
         if config.packing:
             train = pack(train, config.max_length)
     planned, inventory, family = plan_run(config, train, held_out)
@@ -82,7 +85,7 @@ def plan(config: PlanConfig, console: Console, with_time: bool = True) -> PlanRe
     if with_time:
         settings = planned.settings
         took = time_pass(family, settings.level, settings.rows, settings.length, CALIBRATION_SECONDS)
-        filled = sum(len(example.input_ids) for example in train) / (len(train) * settings.length) if train else 1.0
+        filled = float(lengths_of(train).sum()) / (len(train) * settings.length) if train else 1.0
         update = took["update"] * sum(planned.trained_sizes())
         step_seconds = took["pass"] * settings.accumulation * filled + update
     return PlanReport(

@@ -1,6 +1,5 @@
 """From a configuration to a plan: what the run will hold in memory, before anything of it is loaded."""
 
-import gc
 import math
 from collections.abc import Sequence
 
@@ -9,14 +8,14 @@ import torch
 from peft import LoraConfig
 
 from halfbyte.config import FinetuneConfig, PlanConfig
-from halfbyte.data import Example
+from halfbyte.data import Example, lengths_of
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.miniature import Family, make_miniatures, predict_activation_bytes
-from halfbyte.huggingface.outline import Inventory, outline_model, take_inventory
+from halfbyte.huggingface.outline import Inventory, count_mapped_bytes, outline_model, take_inventory
 from halfbyte.huggingface.source import reason
 from halfbyte.optim import OPTIMIZERS
 from halfbyte.plan import Footprint, Plan, Settings, advise, smallest_budget
-from halfbyte.recipes.memory import whole_budget_bytes
+from halfbyte.recipes.memory import give_back_freed_memory, whole_budget_bytes
 
 TrainingConfig = FinetuneConfig | PlanConfig
 
@@ -56,7 +55,7 @@ def plan_run(
         UnplannableError: the model's class cannot be run without its weights.
     """
     try:
-        inventory, family, activation_bytes = _measure(config)
+        inventory, family, activation_bytes, mapped = _measure(config)
     except HalfbyteError:
         raise
     except Exception as error:  # a stranger's code on a model of our making: anything can be raised there
@@ -64,7 +63,8 @@ def plan_run(
             f"{config.model_name_or_path} cannot be measured without its weights"
             f" ({type(error).__name__}: {reason(error)})."
         ) from error
-    gc.collect()
+    give_back_freed_memory()
+    resident = psutil.Process().memory_info().rss
     footprint = Footprint(
         quantized_bytes=inventory.quantized_bytes,
         remainder_bytes=inventory.remainder_bytes,
@@ -75,8 +75,9 @@ def plan_run(
         vocabulary=inventory.vocabulary,
         activation_bytes=activation_bytes,
         # By now all that a run imports is there, and the miniatures, which will go.
-        process_bytes=psutil.Process().memory_info().rss - family.nbytes,
+        process_bytes=resident - family.nbytes,
         threads=torch.get_num_threads(),
+        mapped_bytes=mapped,
     )
     settings = Settings(
         rows=_rows(config.per_device_train_batch_size, train),
@@ -88,11 +89,11 @@ def plan_run(
         evaluated_length=_longest(held_out, config.max_length),
         **OPTIMIZERS[config.optim],
     )
-    plan = Plan(footprint, settings, whole_budget_bytes(config.max_memory))
+    plan = Plan(footprint, settings, whole_budget_bytes(config.max_memory, resident))
     return (plan.at_fastest_level() if config.gradient_checkpointing == "auto" else plan), inventory, family
 
 
-def _measure(config: TrainingConfig) -> tuple[Inventory, Family, dict[str, float]]:
+def _measure(config: TrainingConfig) -> tuple[Inventory, Family, dict[str, float], int]:
     outline = outline_model(
         config.model_name_or_path,
         lora_config(config),
@@ -103,14 +104,24 @@ def _measure(config: TrainingConfig) -> tuple[Inventory, Family, dict[str, float
     )
     family = make_miniatures(outline)
     inventory = take_inventory(outline)
-    return inventory, family, predict_activation_bytes(family, inventory.layers)
+    mapped = count_mapped_bytes(config.model_name_or_path, outline)
+    return inventory, family, predict_activation_bytes(family, inventory.layers), mapped
 
 
 def describe_plan(plan: Plan) -> str:
     """The line for a person."""
-    return (
+    said = (
         f"plan: at most {plan.peak_bytes / 1e9:.2f} GB, in {plan.peak_moment};"
         f" {plan.budget_bytes / 1e9:.2f} GB are there (recomputation: {plan.settings.level})"
+    )
+    return said + (f"; {describe_pages(plan)}" if plan.fits and plan.peak_bytes > plan.budget_bytes else "")
+
+
+def describe_pages(plan: Plan) -> str:
+    """What becomes of a run that is larger than its budget, and fits."""
+    pages = plan.peak_bytes - plan.least_bytes
+    return f"{pages / 1e9:.2f} GB of it are pages of files, which leave when memory is short" + (
+        " and are read again in every step" if not plan.stays else ""
     )
 
 
@@ -143,4 +154,4 @@ def _rows(asked: int, examples: Sequence[Example]) -> int:
 
 def _longest(examples: Sequence[Example], max_length: int) -> int:
     """Tokens of the longest row; of one of max_length where no rows are known."""
-    return max((len(example.input_ids) for example in examples), default=max_length)
+    return int(lengths_of(examples).max()) if examples else max_length

@@ -16,7 +16,9 @@ from halfbyte.checkpoint.files import write_json
 from halfbyte.checkpoint.fingerprint import file_sha256
 from halfbyte.checkpoint.output import RUN_FILE
 from halfbyte.config import FinetuneConfig
+from halfbyte.data import Source, is_local, source_files
 from halfbyte.ops import active_implementation
+from halfbyte.recipes.data_sources import held_out_sources, training_sources
 
 _PACKAGES = ("halfbyte", "torch", "transformers", "peft", "safetensors", "tokenizers")
 
@@ -30,11 +32,8 @@ def write_run_file(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Write `run.json`; `result` is there once the run is done."""
-    data = {
-        name: {"path": path, "sha256": file_sha256(Path(path))}
-        for name in ("dataset", "eval_dataset")
-        if (path := getattr(config, name)) is not None
-    }
+    said = {"dataset": training_sources(config), "eval_dataset": held_out_sources(config)}
+    data = {name: [_told(source) for source in sources] for name, sources in said.items() if sources}
     write_json(
         directory / RUN_FILE,
         {
@@ -48,6 +47,16 @@ def write_run_file(
             "result": result,
         },
     )
+
+
+def _told(source: Source) -> dict[str, Any]:
+    """What a set of data was called, and the SHA-256 of each file it was read from; a hub id has none."""
+    files = source_files(source) if is_local(source.path) else []
+    return {
+        "path": source.path,
+        "split": source.split,
+        "sha256": {str(file): file_sha256(file) for file in files},
+    }
 
 
 def versions() -> dict[str, str]:
@@ -99,5 +108,9 @@ def read_origin(adapter: Path) -> Origin:
 
 def peak_resident_bytes() -> int:
     """The largest resident set that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    try:  # not ru_maxrss where it can be helped: a child inherits its parent's
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from halfbyte.data import Batch, Example, collate
+from halfbyte.data import Batch, Example, collate, lengths_of
 from halfbyte.errors import HalfbyteError
 from halfbyte.nn import count_supervised, supervised_loss
 
@@ -106,5 +106,8 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], device: torch.devi
 
 def evaluation_batches(examples: Sequence[Example], size: int, pad_token_id: int | None) -> Iterator[Batch]:
     """All examples, those of like length together, so that little is padded."""
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
-    return (collate(ordered[start : start + size], pad_token_id) for start in range(0, len(ordered), size))
+    order = lengths_of(examples).argsort(kind="stable").tolist()
+    return (
+        collate([examples[index] for index in order[start : start + size]], pad_token_id)
+        for start in range(0, len(order), size)
+    )

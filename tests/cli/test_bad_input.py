@@ -4,6 +4,7 @@ Every case runs the command line in a process of its own, forked from one that h
 two tests at the end start a process from nothing.
 """
 
+import gzip
 import json
 import os
 import shutil
@@ -250,7 +251,31 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     ),
     # The data
     "no such data": (nothing, FINETUNE + " --dataset absent.jsonl", ["absent.jsonl", "no such file"]),
-    "data of another kind": (nothing, FINETUNE + " --dataset rows.csv", ["rows.csv", ".jsonl"]),
+    "data of another kind": (write("rows.doc", "x"), FINETUNE + " --dataset rows.doc", ["rows.doc", ".jsonl"]),
+    "a directory without data": (write("folder/x.py", ""), FINETUNE + " --dataset folder", ["folder", "no data file"]),
+    "a split that is not there": (nothing, FINETUNE + " --dataset_split test", ["rows.jsonl", "test"]),
+    "a split that is none": (nothing, FINETUNE + " --dataset_split train[:x]", ["train[:x]"]),
+    "a slice without a row": (
+        nothing,
+        FINETUNE + " --dataset_split train[900:]",
+        ["rows.jsonl train[900:]", "no rows"],
+    ),
+    "columns that are not there": (nothing, FINETUNE + " --columns messages=chat", ["rows.jsonl:1", "chat", "columns"]),
+    "a table with a short row": (
+        write("rows.csv", "instruction,output\na,b\nc\n"),
+        FINETUNE + " --dataset rows.csv",
+        ["rows.csv:3", "1 cells"],
+    ),
+    "a compressed file that is cut off": (
+        write("rows.jsonl.gz", gzip.compress(json.dumps(ROW).encode())[:-4]),
+        FINETUNE + " --dataset rows.jsonl.gz",
+        ["rows.jsonl.gz:1", "decompressed"],
+    ),
+    "a Parquet file that is none": (
+        write("rows.parquet", "PAR1"),
+        FINETUNE + " --dataset rows.parquet",
+        ["rows.parquet", "Parquet"],
+    ),
     "data in a directory": (nothing, FINETUNE + " --dataset model", ["model"]),
     "an empty file": (write(BAD_ROWS, ""), FINETUNE, ["rows.jsonl", "empty"]),
     "blank lines only": (write(BAD_ROWS, "\n\n\n"), FINETUNE, ["rows.jsonl", "empty"]),
@@ -266,7 +291,7 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
         FINETUNE,
         ["rows.jsonl:1", "assistant"],
     ),
-    "a row of unknown keys": (write(BAD_ROWS, '{"text": "Hello"}'), FINETUNE, ["rows.jsonl:1", "messages"]),
+    "a row of unknown keys": (write(BAD_ROWS, '{"words": "Hello"}'), FINETUNE, ["rows.jsonl:1", "messages"]),
     "a row of the other format": (nothing, FINETUNE + " --dataset_format alpaca", ["rows.jsonl:1", "instruction"]),
     "not UTF-8": (
         write(BAD_ROWS, json.dumps(ROW).encode() + b"\n" + b'{"messages": "\xff"}'),

@@ -282,6 +282,7 @@ def test_generate_streams_the_answer(monkeypatch: pytest.MonkeyPatch, capsys: py
         assert options.pop("stream")("Good ") is None
         assert options == {
             "adapter": None,
+            "chat_template": None,
             "system": "Be kind.",
             "quant_type": "nf4",
             "block_size": 64,

@@ -6,8 +6,9 @@ the tokens of the pieces in a row are the tokens of the text.
 """
 
 import pytest
+from chat_layouts import alpaca_row
 
-from halfbyte.data import IGNORE_INDEX, Alpaca, Row, encode_rows, preview
+from halfbyte.data import IGNORE_INDEX, Row, encode_rows, preview
 from halfbyte.errors import HalfbyteError
 
 LEARNED, GIVEN = True, False
@@ -204,7 +205,7 @@ def test_the_bos_is_never_doubled(byte_level, sentencepiece, templates, style):
     assert sentencepiece()("hello")["input_ids"][0] == sentencepiece().bos_token_id
 
 
-ADD = Row([], "rows.jsonl:3", Alpaca("What is two?", "", "four"))
+ADD = alpaca_row("What is two?", "", "four", line=3)
 
 
 def test_without_a_chat_template_the_response_and_an_eos_are_learned(byte_level):
@@ -220,12 +221,13 @@ def test_without_a_chat_template_the_response_and_an_eos_are_learned(byte_level)
 
 def test_without_a_chat_template_the_prompt_is_what_generation_sees(sentencepiece):
     tokenizer = sentencepiece()
-    row = Row([], "rows.jsonl:3", Alpaca("Is {this} two?", "👩‍🚀 {0}", "four 👩‍🚀"))
+    row = alpaca_row("Is {this} two?", "👩‍🚀 {0}", "four 👩‍🚀", line=3)
     (((ids, labels),), _) = encode(tokenizer, row)
     prompt = tokenizer(
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "<s>Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nIs {this} two?\n\n### Input:\n👩‍🚀 {0}\n\n### Response:\n"
+        "### Instruction:\nIs {this} two?\n\n### Input:\n👩‍🚀 {0}\n\n### Response:\n",
+        add_special_tokens=False,
     )["input_ids"]
     assert prompt[0] == tokenizer.bos_token_id
     assert ids[: len(prompt)] == prompt

@@ -7,13 +7,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from halfbyte.data import Alpaca, read_rows
+from halfbyte.data import Alpaca, Row
+from halfbyte.data import read_rows as read_rows_lazily
 from halfbyte.errors import HalfbyteError
 
 USER = {"role": "user", "content": "hello"}
 ASSISTANT = {"role": "assistant", "content": "hi"}
 CHAT = {"messages": [USER, ASSISTANT]}
 ALPACA = {"instruction": "add", "input": "1 and 2", "output": "3"}
+
+
+def read_rows(path: Path | str, *arguments: object) -> list[Row]:
+    return list(read_rows_lazily(path, *arguments))
 
 
 def write(path: Path, data: str | bytes) -> Path:
@@ -75,8 +80,8 @@ def test_dataset_format_decides_where_the_keys_cannot(tmp_path):
         read_rows(path)
     assert read_rows(path, "messages")[0].messages == [USER, ASSISTANT]
     assert read_rows(path, "alpaca")[0].messages[1]["content"] == "3"
-    with pytest.raises(HalfbyteError, match="dataset_format 'sharegpt' is not known"):
-        read_rows(path, "sharegpt")
+    with pytest.raises(HalfbyteError, match="dataset_format 'parrot' is not known"):
+        read_rows(path, "parrot")
 
 
 def chat(*turns: object) -> dict[str, object]:
@@ -86,7 +91,7 @@ def chat(*turns: object) -> dict[str, object]:
 BAD_ROWS = [
     (7, "a row must be an object.*a number"),
     ([CHAT], "one list is named .json"),
-    ({"text": "x"}, r"cannot be told from the keys \('text'\)"),
+    ({"words": "x"}, r"cannot be told from the keys \('words'\)"),
     ({}, r"cannot be told from the keys \(none\)"),
     (ALPACA | {"output": ""}, "'output' is empty"),
     (ALPACA | {"output": " \n"}, "'output' is empty"),
@@ -95,7 +100,7 @@ BAD_ROWS = [
     (ALPACA | {"output": True}, "'output' must be text, this is true or false"),
     (ALPACA | {"input": ["x"]}, "'input' must be text, this is a list"),
     ({"instruction": "x"}, "the key 'output' is missing"),
-    (ALPACA | {"history": [["q", "a"]]}, "'history' is not something this version trains on"),
+    (ALPACA | {"history": [["q", "a"]]}, "'history' is not something alpaca rows are trained with"),
     ({"messages": None}, "'messages' must be a list, this is null"),
     (chat(), "no assistant turn"),
     (chat(USER), "no assistant turn"),
@@ -107,7 +112,7 @@ BAD_ROWS = [
     (chat(USER, {"role": "assistant", "content": "  "}), r"messages\[1\]: the assistant turn is empty"),
     (chat({"role": "gpt", "content": "x"}, ASSISTANT), r"messages\[0\]: the role 'gpt' is not known"),
     (chat(USER, ASSISTANT | {"weight": 0}), r"messages\[1\]: 'weight' is not something this version trains on"),
-    (chat(USER, ASSISTANT) | {"tools": [{"name": "f"}]}, "'tools' is not something this version trains on"),
+    (chat(USER, ASSISTANT) | {"functions": [{"name": "f"}]}, "'functions' is not something messages rows are trained"),
     (chat({"role": "user", "content": "\ud83d"}, ASSISTANT), r"messages\[0\]: 'content' holds half of a surrogate"),
 ]
 
@@ -143,8 +148,8 @@ BAD_FILES = [
     ("a.json", b"[\n" + json.dumps(CHAT).encode() + b"\n{}]", r"a.json:3: .*lacks a comma after row 1"),
     ("a.json", json.dumps([CHAT]).encode() + b"\n\nmore", r"a.json:3: there is text after the end"),
     ("a.json", b"[\n\n7]", r"a.json:3 \(row 1\): a row must be an object"),
-    ("a.txt", b"hello", r"read from .json or .jsonl, not from '.txt'"),
-    ("rows", b"hello", r"read from .json or .jsonl, not from ''"),
+    ("a.doc", b"hello", r"read from .jsonl, .*; not from '.doc'"),
+    ("rows", b"hello", r"read from .jsonl, .*; not from ''"),
 ]
 
 
@@ -158,10 +163,12 @@ def test_a_file_that_cannot_be_opened_is_an_error(tmp_path):
     with pytest.raises(HalfbyteError, match=r"none\.jsonl: there is no such file"):
         read_rows(tmp_path / "none.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(HalfbyteError, match=r"folder\.jsonl: cannot be read: Is a directory"):
+    with pytest.raises(HalfbyteError, match=r"folder\.jsonl: there is no data file in this directory"):
         read_rows(tmp_path / "folder.jsonl")
-    with pytest.raises(HalfbyteError, match="cannot be read"):
+    with pytest.raises(HalfbyteError, match="there is no such file or directory"):
         read_rows("a\0b.jsonl")
+    with pytest.raises(HalfbyteError, match="cannot be read: File name too long"):
+        read_rows("a" * 5000 + ".jsonl")
 
 
 json_values = st.recursive(

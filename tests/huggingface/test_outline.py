@@ -10,14 +10,17 @@ import psutil
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from halfbyte import HalfbyteError, add_lora, load_model
 from halfbyte.huggingface import miniature
+from halfbyte.huggingface.mapped import mapped_bytes
 from halfbyte.huggingface.miniature import make_miniatures, predict_activation_bytes, time_pass
-from halfbyte.huggingface.outline import Inventory, kinds_of_layers, outline_model, take_inventory
+from halfbyte.huggingface.outline import Inventory, count_mapped_bytes, kinds_of_layers, outline_model, take_inventory
 from halfbyte.huggingface.recompute import LEVELS, measure_activation_bytes
 from halfbyte.nn import Linear4bit
+from halfbyte.recipes.quantize import quantize
 from models import ARCHITECTURES, save_model
 
 
@@ -104,6 +107,36 @@ def test_a_model_larger_than_the_machine(tmp_path: Path) -> None:
     # Each weight is a multiple of the blocks, so that of the 4.127 bits a value only the offsets are to be added.
     assert inventory.quantized_bytes == layers * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + 4 * 80 * 7
     assert psutil.Process().memory_info().rss - before < 200e6
+
+
+# Of such sizes that some codes and absmax are mapped and some are read.
+LARGER = {"hidden_size": 256, "intermediate_size": 2100, "head_dim": 64}
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt2"])
+def test_what_is_mapped_is_known_before_to_the_byte(tmp_path: Path, model_type: str, double_quant: bool) -> None:
+    source, directory = save_model(tmp_path / "16-bit", model_type, **LARGER), tmp_path / "4-bit"
+    quantize(str(source), str(directory), double_quant=double_quant)
+    outline = outline_model(str(directory), lora())
+    expected = mapped_bytes(load_model(str(directory), fast=False)[0])
+    assert count_mapped_bytes(str(directory), outline) == expected > 0
+    assert count_mapped_bytes(str(source), outline_model(str(source), lora())) == 0
+
+
+def test_a_model_holds_what_lies_on_disk_and_what_was_planned(smollm2_directory: Path, tmp_path: Path) -> None:
+    quantize(str(smollm2_directory), str(tmp_path / "4-bit"))
+    saved = load_file(tmp_path / "4-bit" / "model.safetensors")
+    names = [name.removesuffix(".absmax") for name in saved if name.endswith(".weight.absmax")]
+    # The offset is 4 bytes in memory and stands in the text of quant_state; the codebooks are the format's.
+    on_disk = sum(saved[name + suffix].nbytes for name in names for suffix in ("", ".absmax", ".nested_absmax"))
+    model, _ = load_model(str(tmp_path / "4-bit"), fast=False)
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    held = sum(layer.quantized.nbytes for layer in layers)
+    assert len(layers) == len(names) == 210
+    assert held == on_disk + 4 * len(names)
+    assert held == take_inventory(outline_model(str(tmp_path / "4-bit"), lora())).quantized_bytes
+    assert held == take_inventory(outline_model(str(smollm2_directory), lora())).quantized_bytes
 
 
 def test_what_is_not_in_the_model_is_told_as_it_is_when_it_is_loaded(model_directory: Callable[[str], Path]) -> None:

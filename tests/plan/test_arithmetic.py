@@ -10,7 +10,7 @@ from halfbyte.plan import LOGITS_BYTES, Footprint, Plan, Settings, advise, most_
 MEGABYTE = 1_000_000
 
 
-def plan(budget: float = 1e12, **changes: Any) -> Plan:
+def plan(budget: float = 1e12, mapped: int = 0, **changes: Any) -> Plan:
     """A model of 500 MB with a million trained values of rank 16; 1,024 tokens of at most 0.8 MB."""
     footprint = Footprint(
         quantized_bytes=400 * MEGABYTE,
@@ -23,6 +23,7 @@ def plan(budget: float = 1e12, **changes: Any) -> Plan:
         activation_bytes={"none": 800_000.0, "elementwise": 500_000.0, "full": 100_000.0},
         process_bytes=300 * MEGABYTE,
         threads=2,
+        mapped_bytes=mapped,
     )
     values: dict[str, Any] = {
         "rows": 4,
@@ -64,6 +65,37 @@ def test_paged_state_is_there_as_long_as_there_is_room() -> None:
     unpaged, paged = plan(), plan(paged=True)
     assert paged.peak_bytes == unpaged.peak_bytes == unpaged.least_bytes
     assert paged.least_bytes == unpaged.least_bytes - 8 * MEGABYTE
+
+
+def test_mapped_weights_are_there_as_long_as_there_is_room() -> None:
+    copied, mapped = plan(), plan(mapped=450 * MEGABYTE)
+    assert mapped.peak_bytes == copied.peak_bytes
+    assert mapped.least_bytes == copied.least_bytes - 450 * MEGABYTE
+    assert plan(mapped.least_bytes, mapped=450 * MEGABYTE).fits
+    assert not plan(mapped.least_bytes - 1, mapped=450 * MEGABYTE).fits
+    assert plan(copied.least_bytes, mapped=450 * MEGABYTE).stays
+    assert not plan(copied.least_bytes - 1, mapped=450 * MEGABYTE).stays
+
+
+def test_nothing_is_recomputed_less_for_the_room_that_mapped_weights_could_leave() -> None:
+    kept = plan(mapped=450 * MEGABYTE)
+    assert plan(kept.peak_bytes, mapped=450 * MEGABYTE).at_fastest_level().settings.level == "none"
+    assert plan(kept.peak_bytes - 1, mapped=450 * MEGABYTE).at_fastest_level().settings.level == "elementwise"
+    smallest = plan(kept.with_settings(level="full").least_bytes, mapped=450 * MEGABYTE).at_fastest_level()
+    assert (smallest.settings.level, smallest.fits, smallest.stays) == ("full", True, False)
+
+
+def test_a_mapped_model_is_loaded_without_a_copy() -> None:
+    moments = (plan(mapped=size).moments()["loading the model"] for size in (0, 450 * MEGABYTE))
+    assert next(moments) - next(moments) == 2 * 20 * MEGABYTE
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_the_budget_for_activations_is_what_they_may_be(paged: bool) -> None:
+    tight = plan(2000 * MEGABYTE, paged=paged)
+    exactly = plan(tight.budget_bytes - tight.activation_budget + tight.parts()["activations"], paged=paged)
+    assert exactly.stays
+    assert not plan(exactly.budget_bytes - 1, paged=paged).stays
 
 
 def test_adapters_are_in_proportion_to_their_rank() -> None:

@@ -58,9 +58,9 @@ def test_answers_and_how_many_match(
 ) -> None:
     asked: list[str] = []
 
-    def answer(_model: object, _tokenizer: object, prompts: list[str], max_new_tokens: int) -> list[str]:
+    def answer(_model: object, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
         assert max_new_tokens == 8
-        asked.extend(prompts)
+        asked.extend(map(tokenizer.decode, prompts))
         return [" yes\n" for _ in prompts]
 
     monkeypatch.setattr(recipe, "generate_texts", answer)
@@ -84,7 +84,9 @@ def test_a_conversation_is_asked_for_its_last_answer(
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     asked: list[str] = []
-    monkeypatch.setattr(recipe, "generate_texts", lambda m, t, prompts, n: asked.extend(prompts) or ["2"])
+    monkeypatch.setattr(
+        recipe, "generate_texts", lambda m, t, prompts, n: asked.extend(map(t.decode, prompts)) or ["2"]
+    )
     (sample,) = evaluate(settings(model, tmp_path / "rows.jsonl")).samples
     assert (sample.prompt, sample.expected) == ("two?", "2")
     assert asked[0].endswith("<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n")

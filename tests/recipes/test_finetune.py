@@ -37,6 +37,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "held_out.jsonl", first=100)
+
+
 @dataclass
 class Undisturbed:
     directory: Path
@@ -96,7 +101,7 @@ def test_files(undisturbed: Undisturbed, rows: Path, model: Path) -> None:
     assert FinetuneConfig.model_validate(told["config"]).to_dict() == told["config"]
     assert {"python", "halfbyte", "torch", "transformers", "peft"} <= told["versions"].keys()
     assert told["base_model"] == {"name_or_path": str(model), "weights_sha256": undisturbed.result.base_sha256}
-    assert told["data"] == {"dataset": {"path": str(rows), "sha256": file_sha256(rows)}}
+    assert told["data"] == {"dataset": [{"path": str(rows), "split": None, "sha256": {str(rows): file_sha256(rows)}}]}
     assert told["result"]["steps"] == 8
     assert not any(path.suffix in (".bin", ".pt", ".pkl") for path in undisturbed.directory.rglob("*"))
 
@@ -215,9 +220,9 @@ def test_the_same_settings_give_the_same_bits_and_another_seed_others(
     ids=str,
 )
 def test_what_is_measured_saved_or_computed_again_changes_nothing(
-    config: Callable[..., FinetuneConfig], rows: Path, undisturbed: Undisturbed, changes: dict[str, Any]
+    config: Callable[..., FinetuneConfig], held_out: Path, undisturbed: Undisturbed, changes: dict[str, Any]
 ) -> None:
-    settings = config(eval_dataset=str(rows), **changes)
+    settings = config(eval_dataset=str(held_out), **changes)
     result, _ = run(settings)
     assert adapter_bytes(Path(settings.output_dir)) == adapter_bytes(undisturbed.directory)
     assert result.base_sha256 == undisturbed.result.base_sha256
@@ -227,14 +232,14 @@ def test_what_is_measured_saved_or_computed_again_changes_nothing(
 
 
 def test_the_loss_on_held_out_rows_is_what_evaluate_finds(
-    config: Callable[..., FinetuneConfig], model: Path, rows: Path
+    config: Callable[..., FinetuneConfig], model: Path, held_out: Path
 ) -> None:
-    settings = config(eval_dataset=str(rows), max_steps=4)
+    settings = config(eval_dataset=str(held_out), max_steps=4)
     result, said = run(settings)
     again = evaluate(
         EvaluateConfig(
             model_name_or_path=str(model),
-            dataset=str(rows),
+            dataset=str(held_out),
             adapter=settings.output_dir,
             generate=False,
             per_device_eval_batch_size=settings.per_device_eval_batch_size,
@@ -535,3 +540,42 @@ def test_a_dry_run_writes_nothing_and_shows_what_is_learned(
     assert "12 rows" in said
     assert "⟦yes<|im_end|>⟧" in said
     assert list(tmp_path.iterdir()) == []
+
+
+# ── Packing, where the model takes it ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("model_type", "packs"), [("llama", True), ("opt", False)])
+def test_rows_are_packed_only_for_a_model_that_keeps_them_apart(
+    model_directory: Callable[[str], Path], rows: Path, tmp_path: Path, model_type: str, packs: bool
+) -> None:
+    settings = {"max_steps": -1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    config = configure(model_directory(model_type), rows, tmp_path / "run", packing=True, **settings)
+    result, said = run(config)
+    assert ("this model does not keep packed rows apart" in said) is not packs
+    assert (result.total_steps < 6) is packs  # of twelve rows, two at a time
+
+
+def test_resume_from_a_cache_is_bit_identical(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenized into a store by two processes, packed, and gone on from where a power cut left it."""
+    monkeypatch.setattr("halfbyte.data.cache.IN_MEMORY_ROWS", 4)
+    monkeypatch.setattr("halfbyte.data.workers.CHUNK_ROWS", 3)
+    changes = {"packing": True, "max_steps": 6, "gradient_accumulation_steps": 1}
+    in_memory = configure(model, rows, tmp_path / "in-memory", **changes)
+    stored = in_memory.model_copy(
+        update={"output_dir": str(tmp_path / "stored"), "data_cache_dir": str(tmp_path / "cache")}
+    )
+    with monkeypatch.context() as small:
+        small.setattr("halfbyte.data.cache.IN_MEMORY_ROWS", 1000)
+        run(in_memory)
+    with monkeypatch.context() as disturbed:
+        disturbed_at(4, cut_power, disturbed)
+        with pytest.raises(PowerCutError):
+            run(stored)
+    (place,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    written = (place / "input_ids.bin").stat().st_mtime_ns
+    run(resumed(stored))
+    assert (place / "input_ids.bin").stat().st_mtime_ns == written
+    assert adapter_bytes(tmp_path / "stored") == adapter_bytes(tmp_path / "in-memory")

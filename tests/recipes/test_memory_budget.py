@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte import FinetuneConfig, HalfbyteError
+from halfbyte import FinetuneConfig, HalfbyteError, load_model
+from halfbyte.huggingface.mapped import mapped_bytes
 from halfbyte.recipes import memory, training
 from halfbyte.recipes.memory import limits_of_control_groups
+from halfbyte.recipes.quantize import quantize
+from models import save_model
 from runs import adapter_bytes, configure, metrics_of, run, write_rows
 
 CPU_SAYS = "[enforce fail at alloc_cpu.cpp:128] err == 0. DefaultCPUAllocator: can't allocate memory"
@@ -55,7 +58,7 @@ def test_auto_recomputes_as_far_as_the_budget_asks_and_the_numbers_stay(
 ) -> None:
     def with_spare(name: str, spare: float) -> tuple[bytes, dict[str, Any], str]:
         monkeypatch.setattr(memory, "_spare_bytes", lambda *_: spare + fixed)
-        _, said = run(config(name))
+        _, said = run(config(name, over_budget="try"))
         return adapter_bytes(Path(config(name).output_dir)), told(config(name)), said
 
     fixed = 0.0
@@ -71,15 +74,24 @@ def test_auto_recomputes_as_far_as_the_budget_asks_and_the_numbers_stay(
 
 
 def test_mapped_weights_are_not_there_to_spare(
-    config: Callable[..., FinetuneConfig], monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_spare_bytes", lambda *_: 1e9)
-    run(config("copied"))
-    monkeypatch.setattr(memory, "mapped_bytes", lambda _model: 12_345)
-    run(config("mapped"))
-    run(config("told", max_memory="64 GiB"))  # then they are in the process's memory already
-    copied, mapped, budget = (told(config(name))["budget_bytes"] for name in ("copied", "mapped", "told"))
-    assert (copied - mapped, copied - budget) == (12_345, 0)
+    large = save_model(tmp_path / "16-bit", "llama", hidden_size=256, intermediate_size=2100, head_dim=64)
+    quantize(str(large), str(tmp_path / "4-bit"))
+    budgets = {}
+    for name, plans in (("planned", True), ("measured", False)):
+        with monkeypatch.context() as patch:
+            if not plans:
+                patch.setattr("halfbyte.recipes.finetune.make_plan", lambda *_: None)
+            for kind in ("16-bit", "4-bit"):
+                run(config(f"{name}-{kind}", model_name_or_path=str(tmp_path / kind)))
+                budgets[name, kind] = told(config(f"{name}-{kind}"))["budget_bytes"]
+    mapped = mapped_bytes(load_model(str(tmp_path / "4-bit"))[0])
+    assert mapped > 1e6
+    # A copy is in memory when what is left is asked for, and pages are not.
+    assert budgets["measured", "16-bit"] - budgets["measured", "4-bit"] == mapped
+    assert budgets["planned", "16-bit"] == pytest.approx(budgets["planned", "4-bit"], abs=1e6)
 
 
 def test_max_memory_is_the_budget(config: Callable[..., FinetuneConfig]) -> None:

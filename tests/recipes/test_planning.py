@@ -18,7 +18,9 @@ from halfbyte.cli import main
 from halfbyte.config import PlanConfig
 from halfbyte.huggingface import miniature
 from halfbyte.recipes import plan as recipe
-from halfbyte.recipes.planning import check_fits, count_steps, plan_run
+from halfbyte.recipes.planning import check_fits, count_steps, describe_plan, plan_run
+from halfbyte.recipes.quantize import quantize
+from models import save_model
 from runs import configure, run, write_rows
 
 
@@ -53,6 +55,20 @@ def test_the_budget_that_is_named_would_do(config: Callable[..., FinetuneConfig]
         run(config(max_memory="50MB"))
     budget = str(refusal.value).partition("with a max_memory of ")[2].partition(";")[0]
     run(config(max_memory=f"{float(budget.removesuffix('GB')) + 0.05:.2f}GB"))  # the process has grown meanwhile
+
+
+def test_a_model_larger_than_the_budget_is_run_from_pages(
+    config: Callable[..., FinetuneConfig], tmp_path: Path
+) -> None:
+    source = save_model(tmp_path / "16-bit", "llama", **LLAMA)
+    quantize(str(source), str(tmp_path / "4-bit"))
+    plan = plan_run(config(model_name_or_path=str(tmp_path / "4-bit")))[0]
+    assert plan.footprint.mapped_bytes > 8e6
+    assert plan.peak_bytes - plan.least_bytes == plan.footprint.mapped_bytes
+    short = replace(plan, budget_bytes=plan.least_bytes + 1_000_000)
+    check_fits(short, None)
+    assert "GB of it are pages of files, which leave when memory is short and are read again" in describe_plan(short)
+    assert "pages" not in describe_plan(plan)
 
 
 def test_who_wants_to_may_try(config: Callable[..., FinetuneConfig]) -> None:
@@ -146,19 +162,51 @@ print(json.dumps([result.planned_bytes, result.peak_bytes]))
 """
 
 
+KEPT, FULL = {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
+LLAMA = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "head_dim": 64}
+QWEN = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 10, "head_dim": 64}
+
+
+def planned_model(name: str, request: pytest.FixtureRequest, directory: Path) -> Path:
+    """The real one, which is quantized when it is loaded; or one of another width, as a checkpoint in 4 bits."""
+    if name == "smollm2":
+        return Path(request.getfixturevalue("smollm2_directory"))
+    sizes = {"llama": LLAMA, "qwen2": QWEN}[name]
+    source = save_model(directory / "16-bit", name, max_position_embeddings=2048, **sizes)
+    quantize(str(source), str(directory / "4-bit"))
+    return directory / "4-bit"
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("model", "rows", "length", "rank", "changes"),
     [
-        {"gradient_checkpointing": False},
-        {"gradient_checkpointing": True, "optim": "adamw_8bit"},
-        {"gradient_checkpointing": False, "per_device_train_batch_size": 1, "lora_r": 64},
+        ("smollm2", 4, 256, 16, KEPT),
+        ("smollm2", 4, 256, 16, FULL | {"optim": "adamw_8bit"}),
+        ("smollm2", 1, 256, 64, KEPT),
+        ("smollm2", 8, 256, 16, FULL | {"optim": "paged_adamw_8bit"}),
+        ("llama", 16, 512, 16, KEPT),
+        ("llama", 16, 512, 16, FULL),
+        ("llama", 4, 1024, 64, KEPT | {"optim": "paged_adamw_32bit"}),
+        ("llama", 8, 256, 16, {"max_memory": "0.7GB", "over_budget": "try"}),
+        ("qwen2", 8, 512, 16, KEPT | {"optim": "adamw_8bit"}),
+        ("qwen2", 16, 512, 16, FULL | {"optim": "paged_adamw_8bit"}),
+        ("qwen2", 4, 1024, 16, FULL),
+        ("qwen2", 2, 1024, 16, KEPT | {"optim": "paged_adamw_32bit"}),
     ],
-    ids=["kept", "recomputed", "of rank 64"],
 )
-def test_a_run_takes_what_was_planned(smollm2_directory: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    settings = {"max_length": 256, "packing": True, "per_device_train_batch_size": 4, "lora_r": 16, "max_steps": 2}
-    rows = write_rows(tmp_path / "rows.jsonl", rows=120)
-    config = configure(smollm2_directory, rows, tmp_path / "run", **settings | {"save_steps": None} | changes)
+def test_a_run_takes_what_was_planned(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    model: str,
+    rows: int,
+    length: int,
+    rank: int,
+    changes: dict[str, Any],
+) -> None:
+    settings = {"max_length": length, "per_device_train_batch_size": rows, "lora_r": rank, "max_steps": 2}
+    settings |= {"packing": True, "gradient_accumulation_steps": 1, "save_steps": None, "learning_rate": 1e-4}
+    data = write_rows(tmp_path / "rows.jsonl", rows=600)
+    config = configure(planned_model(model, request, tmp_path), data, tmp_path / "run", **settings | changes)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", RUN, json.dumps(config.to_dict())]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
