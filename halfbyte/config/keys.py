@@ -273,7 +273,7 @@ class AuditKeys(Config):
     """Audit"""
 
     audit: bool = Field(False, description="Measure every way to merge against the adapter on the 4-bit base.")
-    dataset: DataPath | None = Field(None, description="Held-out rows to measure on; by default text is made up.")
+    dataset: PathText | None = Field(None, description="Held-out rows to measure on; by default text is made up.")
     dataset_format: DatasetFormat = Field("auto", description="What a row looks like; auto looks at the first row.")
     max_length: int = Field(1024, ge=2, description="Longest row, in tokens; the beginning of a longer one is cut off.")
     limit: int | None = Field(None, ge=1, description="Look at the first so many rows only.")
