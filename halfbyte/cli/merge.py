@@ -35,7 +35,7 @@ def command(config: MergeConfig, as_json: bool) -> None:
         if result.audit is not None:
             _show_audit(result.audit, console)
         files = "1 file" if result.files == 1 else f"{result.files} files"
-        base = "the base of the training" if result.verified else "a base that was not checked to be the training's"
+        base = "the base of the training" if result.verified else "a base that is not known to be the training's"
         console.print(
             f"{result.output}: {result.dtype}, {result.bytes / 2**20:,.1f} MiB in {files}; {result.changed} tensors"
             f" changed, onto the {result.onto} weights of {base}; {result.seconds:.1f} s, at most"

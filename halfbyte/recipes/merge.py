@@ -19,7 +19,7 @@ from halfbyte.checkpoint.files import directory_written_aside, write_json
 from halfbyte.checkpoint.fingerprint import file_sha256
 from halfbyte.checkpoint.merge import MergedWeights, Onto, Settings, merge_weights
 from halfbyte.checkpoint.output import check_writable
-from halfbyte.config import MergeConfig, memory_bytes
+from halfbyte.config import MergeConfig, load_config, memory_bytes
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import QuantizationConfig, load_model, load_tokenizer
 from halfbyte.huggingface.adapter_changes import AdapterFile, Change, find_changes
@@ -70,10 +70,7 @@ def merge(
     """
     adapters = [adapter] if isinstance(adapter, str) else list(adapter)
     given = {"model_name_or_path": model_name_or_path, "adapter": adapters, "output": output, **keys}
-    unknown = sorted(given.keys() - MergeConfig.model_fields.keys())
-    if unknown:
-        raise HalfbyteError(f"merge has no key {unknown[0]!r}; docs/configuration.md lists the keys.")
-    return run_merge(MergeConfig.model_validate(given), console)
+    return run_merge(load_config(MergeConfig, None, given), console)
 
 
 def run_merge(config: MergeConfig, console: Console | None = None) -> MergeResult:
@@ -83,11 +80,8 @@ def run_merge(config: MergeConfig, console: Console | None = None) -> MergeResul
     output = Path(config.output)
     _check_output(output)
     job = _prepare(config)
-    for note in job.notes:
-        console.print(f"  note: {note}", style="yellow", highlight=False)
     bases = _bases(job)
     audited = None
-    torch.manual_seed(config.seed)  # DARE drops at random
     try:
         if config.audit or len(bases) > 1:
             onto, weights, audited = _merge_measured(job, bases, output, console)
@@ -98,6 +92,8 @@ def run_merge(config: MergeConfig, console: Console | None = None) -> MergeResul
         raise HalfbyteError(
             f"output {output} cannot be written ({error.strerror or error}); make room there."
         ) from error
+    for note in job.notes:
+        console.print(f"  note: {note}", style="yellow", markup=False, highlight=False)
     return MergeResult(
         output=str(output),
         onto=onto,
@@ -161,7 +157,9 @@ class _Job:
             fingerprint=any(origin.base_sha256 for origin in self.origins),
         )
         with directory_written_aside(directory) as aside:
-            weights = merge_weights(self.base, self.changes, aside, settings)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.config.seed)  # DARE drops at random
+                weights = merge_weights(self.base, self.changes, aside, settings)
             self._check_base(weights)
             if layout is not None:
                 for file in aside.glob("*.safetensors"):
@@ -400,7 +398,7 @@ def _merge_measured(
             console.print(f"merging: {variant.name}", highlight=False)
             written[variant] = job.write(variant, place)
         console.print(f"comparing on {len(examples)} rows", highlight=False)
-        merges = {v.name: (written[v].bytes, partial(_load_merged, places[v], config)) for v in variants}
+        merges = {v.name: (written[v].bytes, partial(_load_merged, places[v], v)) for v in variants}
         figures = measure(partial(_load_trained, job), merges, examples, pad_token_id=job.tokenizer.pad_token_id)
         names = {variant.name: variant for variant in candidates}
         best = names[best_of([each for each in figures if each.name in names], made).name]
@@ -455,8 +453,8 @@ def _load_trained(job: _Job) -> nn.Module:
     return adapted
 
 
-def _load_merged(directory: Path, config: MergeConfig) -> nn.Module:
-    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+def _load_merged(directory: Path, variant: Variant) -> nn.Module:
+    dtype = torch.float32 if variant.dtype in ("float16", "float32") else torch.bfloat16
     model, _ = load_model(str(directory), "none", compute_dtype=dtype)
     merged: nn.Module = model
     return merged
