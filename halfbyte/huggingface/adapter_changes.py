@@ -183,9 +183,7 @@ def _wrap(model: PreTrainedModel, where: str, adapter: AdapterFile) -> PeftModel
     config.inference_mode = False
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            # On GPT-2's layers, which a base in 4 bits has as plain ones.
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
-            warnings.filterwarnings("ignore", ".*tie", UserWarning)  # what is tied is told by the merge
+            warnings.simplefilter("ignore", UserWarning)  # advice to whoever would train on it
             return wrap_model(copy.deepcopy(model), config)
     except (HalfbyteError, RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise HalfbyteError(

@@ -271,7 +271,7 @@ def _prepare(config: MergeConfig) -> _Job:
     if base.layout.settings is not None:
         settings = base.layout.settings  # of a 4-bit checkpoint: its own
     notes: list[str] = []
-    tokenizer = _tokenizer(base, adapters, notes)
+    tokenizer = _tokenizer(base, adapters, origins, notes)
     changes: dict[str, list[Change]] = {}
     for adapter, scale in zip(adapters, scales, strict=True):
         for name, change in find_changes(base.model, str(base.source.path), adapter, scale).items():
@@ -319,7 +319,9 @@ def _as_keys(settings: QuantizationConfig) -> dict[str, Any]:
     }
 
 
-def _tokenizer(base: BaseWeights, adapters: list[AdapterFile], notes: list[str]) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    base: BaseWeights, adapters: list[AdapterFile], origins: list[Origin], notes: list[str]
+) -> PreTrainedTokenizerBase:
     """The tokenizer to write: the first adapter's where it has one, since it has the template of the training.
 
     Raises:
@@ -327,24 +329,32 @@ def _tokenizer(base: BaseWeights, adapters: list[AdapterFile], notes: list[str])
     """
     own = load_tokenizer(base.source)
     chosen = own
-    for adapter in reversed(adapters):
-        if not (adapter.directory / "tokenizer_config.json").is_file():
-            continue
-        try:
-            theirs = AutoTokenizer.from_pretrained(adapter.directory, trust_remote_code=False)
-        except Exception as error:  # whatever transformers and tokenizers raise on files that they cannot read
+    for adapter, origin in reversed(list(zip(adapters, origins, strict=True))):
+        theirs = _tokenizer_beside(adapter)
+        if theirs is not None:
+            differs = theirs.get_vocab() != own.get_vocab()
+        else:
+            told = (origin.tokenizer or {}).get("vocabulary_sha256")
+            differs = told not in (None, tokenizer_fingerprints(own)["vocabulary_sha256"])
+        if differs:
             raise HalfbyteError(
-                f"{adapter.directory} holds a tokenizer that cannot be read ({reason(error)})."
-            ) from error
-        if theirs.get_vocab() != own.get_vocab():
-            raise HalfbyteError(
-                f"{adapter.directory} was trained with another tokenizer than that of {base.source.path}:"
-                f" {len(theirs):,} tokens and {len(own):,}, or others; name the base it was trained on."
+                f"{adapter.directory} was trained with another tokenizer than that of {base.source.path}, which has"
+                f" {len(own):,} tokens; name the base it was trained on."
             )
-        if theirs.chat_template != own.chat_template:
-            notes.append(f"the chat template is that of {adapter.directory}, which differs from the base's")
-        chosen = theirs
+        if theirs is not None:
+            if theirs.chat_template != own.chat_template:
+                notes.append(f"the chat template is that of {adapter.directory}, which differs from the base's")
+            chosen = theirs
     return chosen
+
+
+def _tokenizer_beside(adapter: AdapterFile) -> PreTrainedTokenizerBase | None:
+    if not (adapter.directory / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(adapter.directory, trust_remote_code=False)
+    except Exception as error:  # whatever transformers and tokenizers raise on files that they cannot read
+        raise HalfbyteError(f"{adapter.directory} holds a tokenizer that cannot be read ({reason(error)}).") from error
 
 
 def _bases(job: _Job) -> list[Onto]:
