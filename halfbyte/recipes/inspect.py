@@ -85,7 +85,7 @@ def _adapter(directory: Path) -> Description:
     from_ = []
     if run:
         from_.append(_said_by(run, f"Trained by halfbyte {run['versions'].get('halfbyte')}"))
-        from_ += [f"On {_data(name, data)}." for name, said in (run.get("data") or {}).items() for data in said]
+        from_ += [f"On {_data(name, said)}." for name, said in (run.get("data") or {}).items()]
         if run.get("result"):
             result = run["result"]
             from_.append(f"{result['steps']} of {result['total_steps']} steps; the last loss was {result['loss']:.4f}.")
@@ -223,10 +223,15 @@ def _said_by(record: dict[str, Any], beginning: str) -> str:
     return f"{beginning} with torch {versions.get('torch')}, transformers {versions.get('transformers')}."
 
 
-def _data(name: str, data: dict[str, Any]) -> str:
+def _data(name: str, said: Any) -> str:
+    """The sets that rows came from; runs of before there could be several say one, with one SHA-256."""
+    told = []
+    for data in said if isinstance(said, list) else [said]:
+        sums = data["sha256"].values() if isinstance(data["sha256"], dict) else [data["sha256"]]
+        short = ", ".join(f"{sha256[:_SHORT]}…" for sha256 in sums)
+        told.append(f"{data['path']} (SHA-256 {short})" if short else str(data["path"]))
     what = "the rows of" if name == "dataset" else "held-out rows of"
-    sums = ", ".join(f"{sha256[:_SHORT]}…" for sha256 in data["sha256"].values())
-    return f"{what} {data['path']}" + (f" (SHA-256 {sums})" if sums else "")
+    return f"{what} {', '.join(told)}"
 
 
 def _in_4_bits(quantization: dict[str, Any] | None) -> str:
