@@ -84,7 +84,7 @@ def _adapter(directory: Path) -> Description:
     base = origin.base_name or config.base_model_name_or_path
     from_ = []
     if run:
-        from_.append(_said_by(run, f"Trained by halfbyte {run['versions'].get('halfbyte')}"))
+        from_.append(_said_by(run, "Trained"))
         from_ += [f"On {_data(name, said)}." for name, said in (run.get("data") or {}).items()]
         if run.get("result"):
             result = run["result"]
@@ -147,10 +147,10 @@ def _model(directory: Path) -> Description:
     if not merged.is_file():
         return Description(str(directory), "model", holds, [], fits, facts)
     record = _json(merged)
-    from_ = [_said_by(record, f"Merged by halfbyte {record.get('versions', {}).get('halfbyte')}")]
+    from_ = [_said_by(record, "Merged")]
     base = record.get("base_model") or {}
-    checked = "which is the one of the training" if base.get("verified") else "which was not checked"
-    from_.append(f"From {base.get('name_or_path')}, its {record.get('onto')} weights, {checked}.")
+    known = "the base of the training" if base.get("verified") else "which is not known to be the base of the training"
+    from_.append(f"From {base.get('name_or_path')}, {known}, its {record.get('onto')} weights.")
     from_ += [
         f"With the adapter {adapter['path']} (SHA-256 {adapter['sha256'][:_SHORT]}…), times {adapter['weight']:g}."
         for adapter in record.get("adapters", [])
@@ -220,7 +220,8 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _said_by(record: dict[str, Any], beginning: str) -> str:
     versions = record.get("versions") or {}
-    return f"{beginning} with torch {versions.get('torch')}, transformers {versions.get('transformers')}."
+    told = ", ".join(f"{name} {versions[name]}" for name in ("halfbyte", "torch", "transformers") if name in versions)
+    return f"{beginning} with {told}."
 
 
 def _data(name: str, said: Any) -> str:

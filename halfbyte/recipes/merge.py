@@ -1,10 +1,11 @@
 """From an adapter to a model: check, merge tensor by tensor, measure what that did, and give it its name."""
 
+import copy
 import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.alignment import align_tensors
 from halfbyte.checkpoint.files import directory_written_aside, write_json
@@ -179,8 +180,7 @@ class _Job:
         like = self.settings or QuantizationConfig()
         skip = None if self.settings is None else self.settings.skip_modules
         wanted = QuantizationConfig(variant.dtype, self._block_size(), like.double_quant, skip_modules=skip)
-        plain = _without_quantization(self.base)
-        return four_bit_layout(plain.source, plain.config, wanted)
+        return four_bit_layout(self.base.source, _without_quantization(self.base.config), wanted)
 
     def _block_size(self) -> int:
         if self.config.block_size is not None:
@@ -379,11 +379,11 @@ def _bases(job: _Job) -> list[Onto]:
     return there if config.base == "auto" else [config.base]
 
 
-def _without_quantization(base: BaseWeights) -> BaseWeights:
-    config = type(base.config).from_dict(base.config.to_dict())
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return replace(base, config=config)
+def _without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain
 
 
 # ── Measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -221,7 +221,7 @@ def test_inspect_tells_what_is_there(base: Path, adapter: Path, tmp_path: Path) 
         adapter: ("adapter", ["rank 4", "14 layers", str(base), sha256, "3 of 3 steps", "rows.jsonl", "nf4"]),
         adapter / "checkpoint-2": ("checkpoint", ["resumed", sha256]),
         base: ("model", ["llama", "BF16", "files", "chat template"]),
-        tmp_path / "out": ("merge", ["4 bits", "nf4", str(adapter), str(base), "the one of the training"]),
+        tmp_path / "out": ("merge", ["4 bits", "nf4", str(adapter), str(base), "the base of the training"]),
         tmp_path / "model.gguf": ("gguf", ["llama", "Q8_0"]),
         adapter / "adapter_model.safetensors": ("tensors", ["28 tensors", "adapter's"]),
     }
