@@ -196,7 +196,7 @@ class _Merge:
 
     def _digest(self, tensor: Tensor) -> None:
         if self.digest is not None:
-            self.digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            self.digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _check_changes(base: BaseWeights, changes: Mapping[str, Sequence[Change]]) -> None:

@@ -85,7 +85,7 @@ class ShardWriter:
             self._begin_file()
         assert self._open is not None
         if tensor.nbytes:
-            self._open.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            self._open.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self._entries[name] = {
             "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),

@@ -6,7 +6,7 @@ import sys
 import click
 from rich.console import Console
 
-from halfbyte.cli.terminal import printable
+from halfbyte.report.terminal import printable
 
 
 @click.command(context_settings={"max_content_width": 110})

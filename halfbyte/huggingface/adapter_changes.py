@@ -92,7 +92,8 @@ class AdapterFile:
         self.file = self.directory / "adapter_model.safetensors"
         try:
             self._handle: Any = safe_open(self.file, framework="pt", backend="pread")
-            self.shapes = {name: tuple(self._handle.get_slice(name).get_shape()) for name in self._handle.keys()}  # noqa: SIM118
+            names: list[str] = self._handle.keys()
+            self.shapes = {name: tuple(self._handle.get_slice(name).get_shape()) for name in names}
         except (SafetensorError, OSError) as error:
             raise HalfbyteError(f"{self.file} cannot be read ({reason(error)}); copy it again.") from error
         if self.config.init_lora_weights not in INITIALIZERS:

@@ -139,9 +139,11 @@ def open_base(model_name_or_path: str, settings: QuantizationConfig | None) -> B
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameters.setdefault(id(parameter), []).append(name)
     tied = {name: names for names in parameters.values() if len(names) > 1 for name in names}
+    unnamed: list[str] = []
+    constants: dict[str, dict[str, str]] = {}
     if source.gguf_file:
         tensors: dict[str, Any] = _dequantized_gguf(model_name_or_path, compute_dtype, tied)
-        file_names, unnamed, constants = {name: name for name in tensors}, [], {}
+        file_names = {name: name for name in tensors}
     else:
         tensors = read_safetensors(source.directory)
         constants = _constants(tensors)

@@ -190,7 +190,7 @@ def _gguf(file: Path) -> Description:
 def _ggml_name(number: int) -> str:
     from gguf import GGMLQuantizationType
 
-    return GGMLQuantizationType(number).name
+    return str(GGMLQuantizationType(number).name)
 
 
 def _headers(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
