@@ -15,7 +15,6 @@ from rich.console import Console
 from halfbyte.config import FinetuneConfig
 from halfbyte.data import encode_rows, read_rows
 from halfbyte.huggingface import load_tokenizer
-from halfbyte.ops import executed_implementation
 from halfbyte.recipes import finetune as recipe
 
 
@@ -53,7 +52,6 @@ def prepare(settings: Request) -> tuple[Measure, Reply]:
             "first_loss": metrics[0]["loss"],
             "loss": result.loss,
             "sound": saved > 0 and math.isfinite(result.loss),
-            "implementation": executed_implementation(),
         }
 
     return measure, {"useful_tokens": sum(lengths[: settings["count_rows"]])}

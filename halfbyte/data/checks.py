@@ -14,17 +14,27 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
+from typing import NamedTuple
 
-from halfbyte.data.duplicates import RowIndex, TrainedOn
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from halfbyte.data.duplicates import RowIndex, TrainedOn, signature_of
 from halfbyte.data.encoding import EncodingStatistics
 from halfbyte.data.examples import Example
 from halfbyte.data.findings import Finding, Findings, finding_of
 from halfbyte.data.rows import Row
+from halfbyte.data.workers import work_in_chunks
 from halfbyte.errors import HalfbyteError
 
 # All of Unicode's category Cc but tab, line feed and carriage return.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _LOST = re.compile("\ufffd")
+
+FEW_ROWS = 4096  # looked at sooner than a process is ready
 
 Encode = Callable[[Row], tuple[list[Example], EncodingStatistics]]
 
@@ -104,6 +114,35 @@ def check_examples(
         yield Finding("shared_token", row.source, f"{statistics.answers_sharing_a_token} of its answers")
 
 
+class _Seen(NamedTuple):
+    """What a row became, as it travels between processes."""
+
+    source: str
+    statistics: EncodingStatistics
+    findings: list[Finding]
+    examples: list[tuple[NDArray[np.int32], NDArray[np.int32]]]  # ids and labels of each
+    refused: str | None  # why it cannot be encoded
+    signature: bytes
+
+
+def _look_closer(rows: Iterable[Row], encode: Encode, bos_id: int | None, near: bool) -> list[_Seen]:
+    """Raises HalfbyteError for what is no row's fault: the tokenizer's, or a setting's."""
+    seen = []
+    for row in rows:
+        signature = signature_of(row) if near else b""
+        try:
+            examples, statistics = encode(row)
+        except HalfbyteError as error:
+            if not str(error).startswith(row.source):
+                raise
+            seen.append(_Seen(row.source, EncodingStatistics(), [], [], str(error), signature))
+            continue
+        findings = list(check_examples(row, examples, statistics, bos_id))
+        arrays = [(example.input_ids.numpy(), example.labels.numpy()) for example in examples]
+        seen.append(_Seen(row.source, statistics, findings, arrays, None, signature))
+    return seen
+
+
 @dataclass
 class Inspection:
     """One data set on its way from rows to examples: what was found, counted and measured."""
@@ -134,24 +173,30 @@ class Inspection:
                 what = "is" if kind == "held_out_in_training" else "has the question of"
                 found.append(Finding(kind, row.source, f"{what} the training row {where}"))
             if self._enter(found):
-                self.index.add(row)
+                self.index.add_hashes(row)
                 yield row
 
-    def encoded(self, rows: Iterable[Row], encode: Encode) -> Iterator[Example]:
-        """The examples of the rows that can be trained on, as far as can be seen of their tokens."""
-        for row in rows:
-            try:
-                examples, statistics = encode(row)
-            except HalfbyteError as error:
-                if not str(error).startswith(row.source):
-                    raise  # the tokenizer is at fault, or a setting
-                self.refuse(error)
-                continue
-            if self._enter(list(check_examples(row, examples, statistics, self.bos_id))):
-                self.statistics.add(statistics)
-                whole = statistics.examples == 1  # of several, only the longest is known as it was before a cut
-                self.lengths.update([statistics.longest] if whole else [len(example.input_ids) for example in examples])
-                yield from examples
+    def encoded(self, rows: Iterable[Row], encode: Encode, processes: int = 1) -> Iterator[Example]:
+        """The examples of the rows that were `checked`, those that can be trained on as far as can be seen of their
+        tokens; and what nearly equal rows are found by.  Few rows are not worth another process."""
+        rows = iter(rows)
+        first = list(islice(rows, FEW_ROWS + 1))
+        work = partial(_look_closer, encode=encode, bos_id=self.bos_id, near=self.index.near)
+        for seen in work_in_chunks(chain(first, rows), work, processes if len(first) > FEW_ROWS else 1):
+            for row in seen:
+                self.index.add_signature(row.signature)
+                if row.refused is not None:
+                    self.refuse(HalfbyteError(row.refused))
+                elif self._enter(row.findings):
+                    yield from self._count(row)
+
+    def _count(self, row: "_Seen") -> Iterator[Example]:
+        statistics = row.statistics
+        self.statistics.add(statistics)
+        whole = statistics.examples == 1  # of several, only the longest is known as it was before a cut
+        self.lengths.update([statistics.longest] if whole else [len(ids) for ids, _ in row.examples])
+        for ids, labels in row.examples:
+            yield Example(torch.from_numpy(ids), torch.from_numpy(labels), row.source)
 
     def close(self) -> None:
         """Find what takes all rows to see."""

@@ -49,6 +49,11 @@ def signature(text: str) -> npt.NDArray[np.uint8]:
     return ((first * np.uint32(0x9E3779B1)) >> np.uint32(24)).astype(np.uint8)
 
 
+def signature_of(row: Row) -> bytes:
+    """SIGNATURE_BYTES, of what is said in the row."""
+    return signature(_spoken(row)).tobytes()
+
+
 class Repetition(NamedTuple):
     """A row that says what an earlier one does."""
 
@@ -61,7 +66,7 @@ class RowIndex:
     """What is remembered of rows, to tell repetitions: two hashes, a signature and the place of each."""
 
     def __init__(self, near: bool = True) -> None:  # without, rows that are nearly equal are not found
-        self._near = near
+        self.near = near
         self._wholes, self._prompts = array("Q"), array("Q")
         self._signatures = bytearray()
         self._files: dict[str, int] = {}
@@ -71,11 +76,18 @@ class RowIndex:
         return len(self._wholes)
 
     def add(self, row: Row) -> None:
+        self.add_hashes(row)
+        if self.near:
+            self.add_signature(signature_of(row))
+
+    def add_signature(self, signature: bytes) -> None:
+        """Of the first row whose hashes are there and that has none yet, where nearly equal rows are to be found."""
+        self._signatures += signature
+
+    def add_hashes(self, row: Row) -> None:
         whole, prompt = _hashes(row)
         self._wholes.append(whole)
         self._prompts.append(prompt)
-        if self._near:
-            self._signatures += signature(_spoken(row)).tobytes()
         place = _SOURCE.match(row.source)
         assert place is not None  # every text matches
         self._places.append(self._files.setdefault(place["file"], len(self._files)))
@@ -93,7 +105,7 @@ class RowIndex:
             "duplicate": _earlier_equal(self.wholes),
             "other_answer": _earlier_equal(self.prompts),
         }
-        if self._near:
+        if self.near:
             earlier["near_duplicate"] = _earlier_near(self.signatures)
         for index in np.flatnonzero(np.max([*earlier.values()], axis=0) >= 0) if len(self) else ():
             kind = next(kind for kind, found in earlier.items() if found[index] >= 0)
@@ -103,7 +115,7 @@ class RowIndex:
 
     def near_rows_of(self, other: "RowIndex") -> Iterator[tuple[str, str]]:
         """The source of each row of `other` that is nearly one of these, and that one's."""
-        if not (self._near and other._near):
+        if not (self.near and other.near):
             return
         near = _earlier_near(np.concatenate([self.signatures, other.signatures]))[len(self) :]
         for index, earlier in enumerate(near):

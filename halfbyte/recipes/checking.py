@@ -1,5 +1,6 @@
 """The checks that a run begins with: every row is looked at before a model is, and before any is tokenized."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -47,6 +48,13 @@ def row_encoder(
         return list(encoder.encode(row, statistics)), statistics
 
     return encode
+
+
+def processes_of(config: ConfigWithData) -> int:
+    """How many of them work on rows: one for each core that this process may run on, or `threads`."""
+    if config.threads:
+        return config.threads
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def new_inspection(

@@ -10,7 +10,7 @@ from halfbyte.data import preview
 from halfbyte.data.checks import Inspection
 from halfbyte.data.masks import special_tokens
 from halfbyte.huggingface import prepare_tokenizer
-from halfbyte.recipes.checking import new_inspection, read_checked, row_encoder, with_progress
+from halfbyte.recipes.checking import new_inspection, processes_of, read_checked, row_encoder, with_progress
 from halfbyte.recipes.data_sources import held_out_sources, training_sources
 from halfbyte.report.histogram import percentile
 
@@ -72,7 +72,7 @@ def examine_data(config: DataConfig, console: Console, shown: int = 3, findings_
         inspection = new_inspection(sources, tokenizer, None, inspections.get("training"), near=True)
         inspection.findings.kept_of_a_kind = findings_shown
         inspections[name] = inspection
-        examples = inspection.encoded(read_checked(inspection, sources), encode)
+        examples = inspection.encoded(read_checked(inspection, sources), encode, processes_of(config))
         for example in with_progress(examples, inspection.name, console):
             if len(first) < shown and name == "training":
                 pieces = preview(tokenizer, example)

@@ -1,6 +1,5 @@
 """From what a configuration calls its data to examples: tokenized now, or found in the cache of an earlier run."""
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -28,7 +27,7 @@ from halfbyte.data import (
 )
 from halfbyte.data.checks import Inspection, encode_checked
 from halfbyte.errors import HalfbyteError
-from halfbyte.recipes.checking import check_rows, read_good, row_encoder, tell_findings
+from halfbyte.recipes.checking import check_rows, processes_of, read_good, row_encoder, tell_findings
 from halfbyte.recipes.data_sources import held_out_sources, training_sources
 from halfbyte.recipes.planning import TrainingConfig
 
@@ -108,13 +107,7 @@ def _tokenize(
 
     directory = Path(config.data_cache_dir) if config.data_cache_dir else default_cache_dir()
     with _Progress(console) as progress:
-        return encode_or_recall(read, encode, made_from, directory, _processes(config), progress.show, progress.say)
-
-
-def _processes(config: TrainingConfig) -> int:
-    if config.threads:
-        return config.threads
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return encode_or_recall(read, encode, made_from, directory, processes_of(config), progress.show, progress.say)
 
 
 class _Progress:

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tokenizers import processors
+
 from halfbyte.data import IGNORE_INDEX, Alpaca, Row, set_chat_template
 
 LEARNED, GIVEN = True, False
@@ -365,6 +367,26 @@ LAYOUTS = {
     "qwen3": Layout(qwen3, eos="<|im_end|>", refuses=(), splits=lambda _: True),
     "smollm2": Layout(headed(im_header, "<|im_end|>", "\n", own_system="You are SmolLM."), eos="<|im_end|>"),
 }
+
+
+CONTROL_TOKENS = [
+    "<s>", "</s>", "<bos>", "<eos>", "<|begin_of_text|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>",
+    "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>",
+    "<|tool_call|>", "<｜User｜>", "<｜Assistant｜>", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+    "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",
+]  # fmt: skip
+
+
+def give_tokens(tokenizer: Any, bos: str | None, eos: str) -> Any:
+    """The tokenizer with the control tokens of all templates, and with these two; it puts the BOS before a text."""
+    tokenizer.add_special_tokens({"additional_special_tokens": CONTROL_TOKENS})
+    tokenizer.bos_token, tokenizer.eos_token = bos or "<s>", eos
+    if bos is not None:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+    return tokenizer
 
 
 def give_template(tokenizer: Any, name: str) -> None:

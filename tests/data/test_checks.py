@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data import Encoder, EncodingStatistics, Example, Piece, Row, read_rows
+from halfbyte.data import Encoder, EncodingStatistics, Example, Piece, Row, checks, fingerprint, read_rows, workers
 from halfbyte.data.checks import Inspection, encode_checked, find_control_tokens
 from halfbyte.data.findings import KINDS, Finding, Findings, finding_of
 from halfbyte.data.masks import special_tokens
@@ -57,6 +57,7 @@ def inspect(
 ) -> tuple[Inspection, Inspection | None]:
     """What is found in the rows, and in held-out ones."""
     training = None
+    processes = settings.pop("processes", 1)
     encoder = Encoder(tokenizer, settings.pop("max_length", 300), **settings)
 
     def encode(row: Row) -> tuple[list[Example], EncodingStatistics]:
@@ -71,7 +72,8 @@ def inspect(
         inspection = Inspection(
             name, find_control_tokens(special_tokens(tokenizer)), tokenizer.bos_token_id, None, training
         )
-        for _ in inspection.encoded(inspection.checked(read_rows(path, on_bad_row=inspection.refuse)), encode):
+        rows_of_set = inspection.checked(read_rows(path, on_bad_row=inspection.refuse))
+        for _ in inspection.encoded(rows_of_set, encode, processes):
             pass
         inspection.close()
         training = inspection.index
@@ -239,6 +241,61 @@ def test_rows_are_left_out_up_to_a_cap(tmp_path: Path) -> None:
     none = Inspection(path, skip_bad_rows=0)
     with pytest.raises(HalfbyteError, match=r"rows\.jsonl:2: .* is empty: fill it or remove the row \(halfbyte data"):
         list(none.checked(read_rows(path, on_bad_row=none.refuse)))
+
+
+@pytest.mark.skipif(not workers.can_fork(), reason="this system does not fork")
+def test_the_number_of_processes_changes_nothing(
+    tmp_path: Path, byte_level: Any, templates: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "FEW_ROWS", 4)
+    monkeypatch.setattr(workers, "CHUNK_ROWS", 3)
+    refused, near = CLEAN[2], turns(f"{LONG}one?", "The harbour is deep.")
+    rows = [
+        CLEAN[0],
+        refused,
+        near,
+        turns("What?", ""),
+        CLEAN[1],
+        turns(f"{LONG}one!", "The harbour is deep."),
+        refused,
+    ]
+    rows += [turns(f"Is berth {i} free?", f"It is, for {i} hours.") for i in range(20)] + [CLEAN[1], b"{", CLEAN[3]]
+    tokenizer = byte_level(template=templates["gemma"])
+    held_out = [near, *(turns(f"Is berth {i} free?", f"For {i} hours.") for i in range(9))]
+    one = inspect(tmp_path, tokenizer, rows, held_out)
+    assert set(places(one[0])) == {
+        "unreadable", "empty_answer", "template_refuses", "near_duplicate", "duplicate", "shortened",
+    }  # fmt: skip
+    for processes in (2, 3):
+        more = inspect(tmp_path, tokenizer, rows, held_out, processes=processes)
+        for alone, shared in zip(one, more, strict=True):
+            assert alone is not None
+            assert shared is not None
+            assert shared.findings == alone.findings
+            assert shared.statistics == alone.statistics
+            assert shared.lengths == alone.lengths
+            assert (shared.index.signatures == alone.index.signatures).all()
+
+
+@pytest.mark.skipif(not workers.can_fork(), reason="this system does not fork")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_examples_come_in_the_order_of_the_rows(
+    tmp_path: Path, byte_level: Any, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setattr(checks, "FEW_ROWS", 4)
+    monkeypatch.setattr(workers, "CHUNK_ROWS", 3)
+    path = write(tmp_path / "rows.jsonl", [turns(f"Is berth {i} free?", f"For {i} hours.") for i in range(40)])
+    encoder = Encoder(byte_level(), 300)
+
+    def encode(row: Row) -> tuple[list[Example], EncodingStatistics]:
+        statistics = EncodingStatistics()
+        return list(encoder.encode(row, statistics)), statistics
+
+    wanted = [example for row in read_rows(path) for example in encode(row)[0]]
+    inspection = Inspection(path)
+    examples = list(inspection.encoded(inspection.checked(read_rows(path)), encode, processes))
+    assert fingerprint(examples) == fingerprint(wanted)
+    assert [example.source for example in examples] == [example.source for example in wanted]
 
 
 def test_what_the_encoder_refuses_is_left_out_up_to_a_cap(byte_level: Any, templates: dict[str, str]) -> None:

@@ -13,40 +13,21 @@ from chat_layouts import (
     LAYOUTS,
     LEARNED,
     TOOLS,
-    Layout,
     alpaca_row,
     chat,
     expect,
     give_template,
+    give_tokens,
     im_header,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
 from transformers import AutoTokenizer
 
 from conftest import build_byte_level, build_sentencepiece
 from halfbyte.data import NAMED_TEMPLATES, Piece, Row, encode_prompt, encode_rows, preview, read_rows, set_chat_template
 from halfbyte.data.masks import turn_end_ids
 from halfbyte.errors import HalfbyteError
-
-CONTROL_TOKENS = [
-    "<s>", "</s>", "<bos>", "<eos>", "<|begin_of_text|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>",
-    "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>",
-    "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>",
-    "<|tool_call|>", "<｜User｜>", "<｜Assistant｜>", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
-]  # fmt: skip
-
-
-def prepare(tokenizer, layout: Layout):
-    """With the control tokens of all templates, and the BOS and EOS of this one."""
-    tokenizer.add_special_tokens({"additional_special_tokens": CONTROL_TOKENS})
-    tokenizer.bos_token, tokenizer.eos_token = layout.bos or "<s>", layout.eos
-    if layout.bos is not None:
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{layout.bos} $A", special_tokens=[(layout.bos, tokenizer.bos_token_id)]
-        )
-    return tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +40,7 @@ def prepared(request):
             tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue("smollm2_directory"))
         else:
             tokenizer = build_byte_level(trim_offsets=kind == "trimmed", template=None)
-        give_template(prepare(tokenizer, LAYOUTS[name]), name)
+        give_template(give_tokens(tokenizer, LAYOUTS[name].bos, LAYOUTS[name].eos), name)
         return tokenizer
 
     return build
@@ -155,7 +136,7 @@ def test_texts_laid_out_by_their_author_are_used_word_for_word(dataset_format, t
     record, pieces = TEXTS[dataset_format]
     (tmp_path / "rows.jsonl").write_text(json.dumps(record) + "\n")
     (row,) = read_rows(tmp_path / "rows.jsonl", dataset_format)
-    tokenizer = prepare(build_byte_level(template=None), LAYOUTS["zephyr"])
+    tokenizer = give_tokens(build_byte_level(template=None), "<s>", "</s>")
     set_chat_template(tokenizer, template)
     encoded, statistics = encode(tokenizer, row)
     assert encoded == [expect(tokenizer, [("<s>", GIVEN), *pieces, ("</s>", LEARNED)])]
@@ -166,7 +147,7 @@ def test_texts_laid_out_by_their_author_are_used_word_for_word(dataset_format, t
 def test_a_bos_and_an_eos_that_the_author_wrote_are_not_doubled(text, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}) + "\n")
     (row,) = read_rows(tmp_path / "rows.jsonl", "text")
-    tokenizer = prepare(build_byte_level(template=None), LAYOUTS["zephyr"])
+    tokenizer = give_tokens(build_byte_level(template=None), "<s>", "</s>")
     (((ids, labels),), _) = encode(tokenizer, row)
     assert ids.count(tokenizer.bos_token_id) == ids.count(tokenizer.eos_token_id) == 1
     assert ids[0] == tokenizer.bos_token_id
@@ -322,7 +303,7 @@ def test_calls_without_a_list_of_tools_are_learned_where_the_template_writes_the
 
 
 def test_a_template_that_forgets_the_bos_is_counted(byte_level):
-    tokenizer = prepare(byte_level(template=None), LAYOUTS["zephyr"])
+    tokenizer = give_tokens(byte_level(template=None), "<s>", "</s>")
     tokenizer.chat_template = LAYOUTS_WITHOUT_BOS
     _, statistics = encode(tokenizer, conversation_row("one turn"))
     assert statistics.without_bos == 1

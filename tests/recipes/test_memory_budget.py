@@ -1,6 +1,9 @@
 """What a run recomputes and why, and that it goes on when memory runs out."""
 
 import json
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,11 +49,39 @@ def fail_above(rows: int, error: Exception, monkeypatch: pytest.MonkeyPatch, cal
 
 
 @pytest.mark.parametrize(("value", "level"), [("auto", "none"), (True, "full"), (False, "none")])
-def test_the_level_is_told(config: Callable[..., FinetuneConfig], value: Any, level: str) -> None:
+def test_the_level_is_told(
+    config: Callable[..., FinetuneConfig], value: Any, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart: list[int] = []
+    monkeypatch.setattr(memory, "keep_large_tensors_apart", lambda: apart.append(1))
     settings = config(gradient_checkpointing=value)
     _, said = run(settings)
     assert f"recomputation: {level} (activations of " in said
     assert (told(settings)["level"], told(settings)["rows"], told(settings)["events"]) == (level, 2, [])
+    assert bool(apart) == (level == "full")
+
+
+APART = """
+import torch
+from pathlib import Path
+from halfbyte.recipes.memory import keep_large_tensors_apart
+
+def in_heap(tensor):
+    (heap,) = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]")]
+    first, last = (int(address, 16) for address in heap.split("-"))
+    return first <= tensor.data_ptr() < last
+
+del (freed := [torch.empty(30 << 20, dtype=torch.uint8)])[:]  # from now on glibc takes what is smaller from the heap
+before = in_heap(torch.empty(4 << 20, dtype=torch.uint8))
+keep_large_tensors_apart()
+print(before, in_heap(torch.empty(4 << 20, dtype=torch.uint8)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap is glibc's")
+def test_large_tensors_lie_outside_the_heap() -> None:
+    ran = subprocess.run([sys.executable, "-c", APART], capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == ["True", "False"], ran.stderr
 
 
 def test_auto_recomputes_as_far_as_the_budget_asks_and_the_numbers_stay(
