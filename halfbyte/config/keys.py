@@ -237,14 +237,15 @@ class MergeKeys(Config):
 
     adapter: PathList = Field(description="The directory of the LoRA adapter, or of each of several.")
     output: PathText = Field(description="A new directory for the merged model; one that exists is not overwritten.")
-    base: Literal["original", "quantized", "auto"] = Field(
-        "quantized", description="Onto the 16-bit files, or the 4-bit weights of the training; auto takes the better."
+    base: Literal["original", "quantized", "auto"] | None = Field(
+        None,
+        description="Onto the 16-bit files, or the 4-bit weights of the training; auto takes the better. By default"
+        " quantized, and original for a merge into 4 bits.",
     )
     dtype: Literal["bfloat16", "float16", "float32", "nf4", "fp4", "int4"] = Field(
         "bfloat16", description="What the merged weights are in: 16 bits, 32, or 4."
     )
     max_shard_size: MemorySize = Field("5GB", description="Largest file of weights; more of them are shards.")
-    any_base: bool = Field(False, description="Merge onto other weights than those of the training, with a note.")
 
 
 class CombinationKeys(Config):
