@@ -135,13 +135,21 @@ def read_origin(adapter: Path) -> Origin:
     if record is None:
         return Origin()
     return Origin(
-        base_name=record["base_model"].get("name_or_path"),
+        base_name=record["base_model"].get("name_or_path") or _base_by_peft(adapter),
         base_sha256=record["base_model"]["weights_sha256"],
         quantization={key: record["quantization"][key] for key in QUANTIZATION_KEYS},
         tokenizer=record.get("tokenizer"),
         record=record,
         result=record.get("result"),
     )
+
+
+def _base_by_peft(adapter: Path) -> str | None:
+    try:
+        name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def _read_run(adapter: Path) -> dict[str, Any] | None:
