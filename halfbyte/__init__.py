@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from halfbyte.nn import Linear4bit
     from halfbyte.quant import QuantizedTensor, quantize_4bit
     from halfbyte.recipes.finetune import RunResult, finetune
+    from halfbyte.recipes.merge import MergeResult, merge
 
 _HOME = {
     "FinetuneConfig": "halfbyte.config",
     "HalfbyteError": "halfbyte.errors",
     "Linear4bit": "halfbyte.nn",
+    "MergeResult": "halfbyte.recipes.merge",
     "QuantizationConfig": "halfbyte.huggingface",
     "QuantizedTensor": "halfbyte.quant",
     "RunResult": "halfbyte.recipes.finetune",
@@ -27,6 +29,7 @@ _HOME = {
     "add_lora": "halfbyte.huggingface",
     "finetune": "halfbyte.recipes.finetune",
     "load_model": "halfbyte.huggingface",
+    "merge": "halfbyte.recipes.merge",
     "quantize_4bit": "halfbyte.quant",
 }
 
@@ -34,6 +37,7 @@ __all__ = [
     "FinetuneConfig",
     "HalfbyteError",
     "Linear4bit",
+    "MergeResult",
     "QuantizationConfig",
     "QuantizedTensor",
     "RunResult",
@@ -41,6 +45,7 @@ __all__ = [
     "add_lora",
     "finetune",
     "load_model",
+    "merge",
     "optim",
     "quantize_4bit",
 ]

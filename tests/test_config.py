@@ -14,6 +14,7 @@ from halfbyte.config import (
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
+    MergeConfig,
     PlanConfig,
     QuantizeConfig,
     allowed,
@@ -26,7 +27,7 @@ from halfbyte.errors import HalfbyteError
 
 REQUIRED = "model_name_or_path: model\ndataset: rows.jsonl\noutput_dir: runs/first\n"  # three lines
 DATA_WORDS = "a file, a directory, a hub id, or a list of {path, weight, split, dataset_format, columns}"
-ALL = [FinetuneConfig, DataConfig, PlanConfig, EvaluateConfig, GenerateConfig, QuantizeConfig]
+ALL = [FinetuneConfig, DataConfig, PlanConfig, EvaluateConfig, GenerateConfig, QuantizeConfig, MergeConfig]
 
 
 @pytest.fixture

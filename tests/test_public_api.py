@@ -19,7 +19,7 @@ def test_every_name_is_there_and_no_other() -> None:
 
 def test_the_names_of_the_contract() -> None:
     names = {"quantize_4bit", "QuantizedTensor", "Linear4bit", "load_model", "add_lora", "finetune", "optim"}
-    names |= {"QuantizationConfig", "FinetuneConfig", "RunResult", "HalfbyteError"}
+    names |= {"QuantizationConfig", "FinetuneConfig", "RunResult", "HalfbyteError", "merge"}
     assert names <= set(halfbyte.__all__)
     assert halfbyte.optim.AdamW.__module__ == "halfbyte.optim.adamw"
 

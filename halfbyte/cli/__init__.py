@@ -26,6 +26,8 @@ SUBCOMMANDS = {
     "evaluate": "Measure a model, with or without an adapter, on held-out rows.",
     "generate": "Answer one prompt.",
     "quantize": "Write a model as a 4-bit checkpoint.",
+    "merge": "Write a model with an adapter merged into it.",
+    "inspect": "Say what a directory or a file holds, and where it came from.",
     "doctor": "Show what halfbyte sees of this machine, and test every kernel.",
 }
 

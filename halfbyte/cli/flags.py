@@ -13,8 +13,12 @@ from pydantic.fields import FieldInfo
 from halfbyte.config import Config, ConfigT, allowed, alternatives, load_config
 
 
-def config_command(cls: type[ConfigT]) -> Callable[[Callable[..., None]], click.Command]:
-    """Make `function(config, **its own options)` a command that takes a YAML file, flags, or both."""
+def config_command(cls: type[ConfigT], positional: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
+    """Make `function(config, **its own options)` a command that takes a YAML file, flags, or both.
+
+    With `positional` the argument may also be that key's value: `halfbyte merge MODEL`; a name that ends in .yaml or
+    .yml is a file all the same.
+    """
 
     def decorate(function: Callable[..., None]) -> click.Command:
         own: list[click.Parameter] = list(reversed(getattr(function, "__click_params__", [])))
@@ -22,9 +26,14 @@ def config_command(cls: type[ConfigT]) -> Callable[[Callable[..., None]], click.
         def callback(config_file: str | None, **values: Any) -> None:
             options = {str(option.name): values.pop(str(option.name)) for option in own}
             flags = {key: text for key, text in values.items() if text is not None}
+            if positional is not None and config_file is not None and not config_file.endswith((".yaml", ".yml")):
+                flags, config_file = {positional: config_file, **flags}, None
             function(load_config(cls, config_file, flags), **options)
 
-        file = click.Argument(["config_file"], required=False, metavar="[FILE.yaml]")
+        metavar = (
+            "[FILE.yaml]" if positional is None else f"[FILE.yaml|{allowed(cls.model_fields[positional]).metavar}]"
+        )
+        file = click.Argument(["config_file"], required=False, metavar=metavar)
         keys = [_flag(key, field) for key, field in cls.model_fields.items()]
         return _ConfigCommand(cls, own, params=[file, *keys, *own], callback=callback, help=function.__doc__)
 

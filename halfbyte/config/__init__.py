@@ -11,6 +11,7 @@ from halfbyte.config.keys import (
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
+    MergeConfig,
     PlanConfig,
     QuantizeConfig,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "EvaluateConfig",
     "FinetuneConfig",
     "GenerateConfig",
+    "MergeConfig",
     "PlanConfig",
     "QuantizeConfig",
     "allowed",

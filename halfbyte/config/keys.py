@@ -16,6 +16,8 @@ from halfbyte.config.values import (
     MaxSteps,
     MemorySize,
     ModelName,
+    NumberList,
+    PathList,
     PathText,
     Recomputation,
     ResumePoint,
@@ -234,6 +236,55 @@ class CheckpointKeys(Config):
     overwrite_output_dir: bool = Field(False, description="Replace a checkpoint that is in output_dir.")
 
 
+class MergeKeys(Config):
+    """Merge"""
+
+    adapter: PathList = Field(description="The directory of the LoRA adapter, or of each of several.")
+    output: PathText = Field(description="A new directory for the merged model; one that exists is not overwritten.")
+    base: Literal["original", "quantized", "auto"] | None = Field(
+        None,
+        description="Onto the 16-bit files, or the 4-bit weights of the training; auto takes the better. By default"
+        " quantized, and original for a merge into 4 bits.",
+    )
+    dtype: Literal["bfloat16", "float16", "float32", "nf4", "fp4", "int4"] = Field(
+        "bfloat16", description="What the merged weights are in: 16 bits, 32, or 4."
+    )
+    max_shard_size: MemorySize = Field("5GB", description="Largest file of weights; more of them are shards.")
+
+
+class CombinationKeys(Config):
+    """Several adapters"""
+
+    weights: NumberList | None = Field(None, description="How much of each adapter; by default 1.")
+    combination: Literal["linear", "ties", "dare_linear", "dare_ties"] = Field(
+        "linear", description="Their sum, or PEFT's TIES or DARE of what they change."
+    )
+    density: float = Field(0.5, gt=0, le=1, description="Share of the values that TIES and DARE keep.")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Decides which values DARE drops.")
+
+
+class TrainedQuantizationKeys(Config):
+    """Quantization of the base in training"""
+
+    quant_type: Literal["nf4", "fp4", "int4", "none"] | None = Field(
+        None, description="By default as run.json beside the adapter says, and nf4 where there is none."
+    )
+    block_size: BlockSize | None = Field(None, description="Likewise, and 64.")
+    double_quant: bool | None = Field(None, description="Likewise, and true.")
+    compute_dtype: Literal["bfloat16", "float32"] | None = Field(None, description="Likewise, and bfloat16.")
+
+
+class AuditKeys(Config):
+    """Audit"""
+
+    audit: bool = Field(False, description="Measure every way to merge against the adapter on the 4-bit base.")
+    dataset: PathText | None = Field(None, description="Held-out rows to measure on; by default text is made up.")
+    dataset_format: DatasetFormat = Field("auto", description="What a row looks like; auto looks at the first row.")
+    max_length: int = Field(1024, ge=2, description="Longest row, in tokens; the beginning of a longer one is cut off.")
+    limit: int | None = Field(None, ge=1, description="Look at the first so many rows only.")
+    max_kl: float = Field(0.1, gt=0, description="Mean KL, in nats a token, above which the exit code is 1.")
+
+
 class FinetuneConfig(
     ModelKeys, DataKeys, CheckKeys, QuantizationKeys, LoraKeys, BatchKeys, ScheduleKeys, HeldOutKeys, RunKeys
 ):
@@ -278,6 +329,10 @@ class GenerateConfig(ModelKeys, GenerationKeys, QuantizationKeys):
 
 class QuantizeConfig(ModelKeys, QuantizationKeys, CheckpointKeys):
     """What `halfbyte quantize` reads."""
+
+
+class MergeConfig(ModelKeys, MergeKeys, CombinationKeys, TrainedQuantizationKeys, AuditKeys):
+    """What `halfbyte merge` reads."""
 
 
 def _check_training_keys(config: "FinetuneConfig | PlanConfig | DataConfig") -> None:

@@ -59,6 +59,15 @@ def _known_tracker(name: str) -> str:
     return name
 
 
+def _parts_of_text(value: object) -> object:
+    """`runs/a, runs/b`, as typed on a command line, is a list; so is one of them."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _numbers_of_text(value: object) -> object:
+    return _parts_of_text(str(value) if isinstance(value, int | float) else value)
+
+
 def memory_bytes(text: str) -> int:
     """`8GB` or `6.5 GiB` in bytes.  Raises ValueError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])(i?)B", text.strip(), re.IGNORECASE)
@@ -117,6 +126,18 @@ ResumePoint = Annotated[
     bool | str,
     BeforeValidator(_boolean_or_path),
     Allowed("true for the latest in output_dir, false, or the path of a checkpoint", "[true|false|PATH]"),
+]
+PathList = Annotated[
+    list[Annotated[str, _NonEmpty, _Expanded]],
+    _NonEmpty,
+    BeforeValidator(_parts_of_text),
+    Allowed("a path, or several with commas between them", "PATHS"),
+]
+NumberList = Annotated[
+    list[float],
+    _NonEmpty,
+    BeforeValidator(_numbers_of_text),
+    Allowed("a number, or several with commas between them", "NUMBERS"),
 ]
 Trackers = Annotated[
     list[Annotated[str, AfterValidator(_known_tracker)]],

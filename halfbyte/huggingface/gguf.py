@@ -46,7 +46,7 @@ def read_gguf_tensors(
     Raises:
         HalfbyteError: not GGUF, truncated, or of an architecture or a block type that is not read.
     """
-    header = _read_header(file)
+    header = read_header(file)
     if is_gguf_arch_supported(header.architecture):
         mapping = get_gguf_conversion_mapping(header.architecture, config)
         in_blocks, _, _ = get_gguf_plan(header, mapping)
@@ -104,7 +104,8 @@ def _parameter_names(architecture: str, model: PreTrainedModel, layers: int) -> 
     return names
 
 
-def _read_header(file: Path) -> GgufHeader:
+def read_header(file: Path) -> GgufHeader:
+    """What a .gguf file says of itself and its tensors.  Raises HalfbyteError: not GGUF, or truncated."""
     try:
         header = GgufHeader.from_file(str(file))
     except Exception as error:  # ValueError, struct.error, IndexError: all mean a file that cannot be read

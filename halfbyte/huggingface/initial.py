@@ -21,12 +21,12 @@ from halfbyte.nn import Linear4bit
 from halfbyte.quant import QuantizedTensor, quantize_4bit
 
 # PEFT's initial values that do not look at the base weight.
-_INDEPENDENT = (True, False, "gaussian", "eva")
+INDEPENDENT = (True, False, "gaussian", "eva")
 
 
 def check_initializer(name: Any) -> None:
     """Raises HalfbyteError for initial values that a base in 4 bits cannot have."""
-    if name not in (*_INDEPENDENT, "loftq") and not reads_base(name):
+    if name not in (*INDEPENDENT, "loftq") and not reads_base(name):
         raise HalfbyteError(
             f"init_lora_weights {name!r} is not there for a base in 4 bits; use True, gaussian, pissa, olora or loftq."
         )

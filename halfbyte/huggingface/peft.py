@@ -38,11 +38,10 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
     """
 
     known_squares: tuple[Tensor, Tensor] | None = None  # codes, and the squares of the norms of their rows
-    _before_merge: list[tuple[QuantizedTensor, nn.Parameter | None]]
+    _before_merge: tuple[QuantizedTensor, nn.Parameter | None] | None = None
 
     def __init__(self, base_layer: Linear4bit, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
-        self._before_merge = []
         self.shared_input: SharedInput | None = None  # with the layers beside it, once that is found
 
     @property
@@ -61,9 +60,7 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
     @property
     def unmerged(self) -> QuantizedTensor:
         """The base's weight from before any merge."""
-        # PEFT makes the first adapter before __init__ goes on.
-        before = self._before_merge if self.merged_adapters else []
-        quantized: QuantizedTensor = before[0][0] if before else self.get_base_layer().quantized
+        quantized: QuantizedTensor = (self._before_merge or [self.get_base_layer().quantized])[0]
         return quantized
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
@@ -122,28 +119,31 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
         return None if self.lora_bias[adapter] else adapter
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: ARG002
-        """Add the adapters to the dequantized weight and quantize again; the codes are kept for `unmerge`.
+        """Add the adapters to the dequantized weight and quantize once; the codes are kept for `unmerge`.
 
-        Every merge is a safe one: quantization refuses a weight that is not finite.
+        Those that are merged already are added anew to the first codes: what is rounded twice is further away. Every
+        merge is a safe one: quantization refuses a weight that is not finite.
         """
         base = self.get_base_layer()
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.lora_A:
-                continue
-            before, bias = base.quantized, base.bias
-            with torch.no_grad():
-                weight = before.dequantize(torch.float32) + self.get_delta_weight(adapter).float()
-                if adapter in self.lora_variant:
-                    weight *= row_factors(self, adapter)[:, None]
-                new_bias = self._merged_bias(adapter)
-            merged = quantize_4bit(weight.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
-            self._before_merge.append((before, bias))
-            base.quantized, base.bias = merged, new_bias
-            self.merged_adapters.append(adapter)
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not new:
+            return
+        before, bias = self._before_merge or (base.quantized, base.bias)
+        merged_bias = bias
+        with torch.no_grad():
+            weight = before.dequantize(torch.float32)
+            for name in (*self.merged_adapters, *new):
+                weight += self.get_delta_weight(name).float()
+                if name in self.lora_variant:
+                    weight *= row_factors(self, name)[:, None]
+                merged_bias = self._with_bias_of(name, merged_bias)
+        merged = quantize_4bit(weight.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
+        self._before_merge = before, bias
+        base.quantized, base.bias = merged, merged_bias
+        self.merged_adapters.extend(new)
 
-    def _merged_bias(self, adapter: str) -> nn.Parameter | None:
-        """The base's bias and, if it has one, the adapter's."""
-        bias: nn.Parameter | None = self.get_base_layer().bias
+    def _with_bias_of(self, adapter: str, bias: nn.Parameter | None) -> nn.Parameter | None:
+        """The bias and, if it has one, the adapter's."""
         if not self.lora_bias[adapter]:
             return bias
         if bias is None:
@@ -155,10 +155,10 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
 
     def unmerge(self) -> None:
         """Restore the bits from before the first merge."""
-        if self._before_merge:
+        if self._before_merge is not None:
             base = self.get_base_layer()
-            base.quantized, base.bias = self._before_merge[0]
-            self._before_merge.clear()
+            base.quantized, base.bias = self._before_merge
+            self._before_merge = None
             self.merged_adapters.clear()
 
 

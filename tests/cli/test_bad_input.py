@@ -26,6 +26,7 @@ FINETUNE = "finetune --model_name_or_path model --dataset rows.jsonl --output_di
 EVALUATE = "evaluate --model_name_or_path model --dataset rows.jsonl --max_new_tokens 2"
 GENERATE = "generate --model_name_or_path model --prompt Hello --max_new_tokens 2"
 PLAN = "plan --model_name_or_path model --no_time"
+MERGE = "merge model --adapter adapter --output out"
 QUANTIZE = "quantize --model_name_or_path model --output_dir out"
 
 
@@ -168,6 +169,28 @@ def nothing(folder: Path) -> None:
 
 RUN_FILE = json.dumps({"versions": {"halfbyte": "0.1.0"}})
 BAD_ROWS = "rows.jsonl"
+
+
+def rename_tensor(before: str, after: str | None, shape: tuple[int, ...] | None = None) -> Break:
+    """Another name, or none, or another shape for a tensor of the adapter."""
+
+    def change(folder: Path) -> None:
+        file = folder / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        tensor = tensors.pop(f"base_model.model.model.layers.1.self_attn.{before}.weight")
+        if after is not None:
+            name = f"base_model.model.model.layers.1.self_attn.{after}.weight"
+            tensors[name] = tensor if shape is None else torch.zeros(shape)
+        save_file(tensors, file)
+
+    return change
+
+
+def other_tokenizer(folder: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(folder / "adapter")
+
 
 # what is broken, the command, and the words that the sentence must have: the file or key, and what is wrong with it
 CASES: dict[str, tuple[Break, str, list[str]]] = {
@@ -372,6 +395,89 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "evaluate: a malformed line": (write(BAD_ROWS, "{"), EVALUATE, ["rows.jsonl:1"]),
     "generate: no such model": (rename_model("m"), GENERATE, ["model"]),
     "generate: no such adapter": (nothing, GENERATE + " --adapter absent", ["absent"]),
+    "merge: no such adapter": (nothing, MERGE, ["adapter", "adapter_config.json"]),
+    "merge: no such model": (both(adapter(), rename_model("m")), MERGE, ["model"]),
+    "merge: onto nothing": (adapter(), "merge --adapter adapter --output out", ["model_name_or_path"]),
+    "merge: an output that exists": (both(adapter(), write("out/thesis.tex", "!")), MERGE, ["output", "out", "exists"]),
+    "merge: an output that is a file": (both(adapter(), write("out", "!")), MERGE, ["output", "out", "exists"]),
+    "merge: cannot be written": (adapter(), MERGE + " --output /proc/x", ["output", "/proc/x"]),
+    "merge: another model's adapter": (adapter(width=16), MERGE, ["adapter", "model", "lora_A", "16", "32"]),
+    "merge: an adapter for modules that are not there": (adapter(target_modules=["zzz"]), MERGE, ["adapter", "zzz"]),
+    "merge: an adapter of more layers": (
+        both(adapter(), rename_tensor("q_proj.lora_B", "k_proj.lora_B")),
+        MERGE,
+        ["adapter", "layers.1.self_attn.q_proj.lora_B", "layers.1.self_attn.k_proj.lora_B"],
+    ),
+    "merge: an adapter that lacks a tensor": (
+        both(adapter(), rename_tensor("q_proj.lora_B", None)),
+        MERGE,
+        ["adapter", "lacks", "layers.1.self_attn.q_proj.lora_B"],
+    ),
+    "merge: an adapter of another shape": (
+        both(adapter(), rename_tensor("q_proj.lora_B", "q_proj.lora_B", (16, 2))),
+        MERGE,
+        ["adapter", "layers.1.self_attn.q_proj.lora_B", "(16, 2)", "(32, 2)"],
+    ),
+    "merge: an adapter that changed its base": (
+        adapter(init_lora_weights="pissa"),
+        MERGE,
+        ["adapter", "init_lora_weights", "pissa"],
+    ),
+    "merge: a truncated adapter": (both(adapter(), truncate("adapter/*.safetensors", 0.5)), MERGE, ["adapter"]),
+    "merge: a truncated shard": (
+        both(adapter(), truncate("model/*.safetensors", 0.6)),
+        MERGE,
+        ["model-00001-of-", "safetensors"],
+    ),
+    "merge: a base that lacks a tensor": (
+        both(adapter(), replace_weights(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))),
+        MERGE,
+        ["model", "model.layers.1.mlp.up_proj.weight"],
+    ),
+    "merge: a base of another shape": (
+        both(adapter(), replace_weights(lambda t: t.update({"model.norm.weight": torch.zeros(8)}))),
+        MERGE,
+        ["model", "model.norm.weight", "(8,)", "(32,)"],
+    ),
+    "merge: a base with a NaN": (
+        both(adapter(), replace_weights(spoil(float("nan")))),
+        MERGE,
+        ["model", "model.layers.1.mlp.up_proj.weight", "NaN"],
+    ),
+    "merge: two adapters and three weights": (
+        adapter(),
+        MERGE + " --adapter adapter,adapter --weights 1,2,3",
+        ["weights", "3", "2"],
+    ),
+    "merge: onto codes of a base in 16 bits": (
+        adapter(),
+        MERGE + " --base quantized --quant_type none",
+        ["quant_type", "original"],
+    ),
+    "generate: another tokenizer": (
+        both(adapter(), other_tokenizer),
+        GENERATE + " --adapter adapter",
+        ["adapter", "tokenizer", "model"],
+    ),
+    "evaluate: another tokenizer": (
+        both(adapter(), other_tokenizer),
+        EVALUATE + " --adapter adapter",
+        ["adapter", "tokenizer", "model"],
+    ),
+    "merge: another tokenizer": (
+        both(adapter(), other_tokenizer),
+        MERGE,
+        ["adapter", "tokenizer", "model"],
+    ),
+    "inspect: nothing there": (nothing, "inspect absent", ["absent"]),
+    "inspect: a file of another kind": (nothing, "inspect rows.jsonl", ["rows.jsonl", ".safetensors"]),
+    "inspect: a directory of another kind": (write("out/thesis.tex", "!"), "inspect out", ["out", "config.json"]),
+    "inspect: a truncated shard": (
+        truncate("model/*.safetensors", 0.6),
+        "inspect model",
+        ["model-00001-of-", "safetensors"],
+    ),
+    "inspect: a gguf that is none": (write("x.gguf", b"GGUF" + b"\0" * 40), "inspect x.gguf", ["x.gguf"]),
     "quantize: no such model": (rename_model("m"), QUANTIZE, ["model"]),
     "quantize: to no quantization": (nothing, QUANTIZE + " --quant_type none", ["quant_type", "none"]),
     "quantize: over something else": (write("out/thesis.tex", "!"), QUANTIZE, ["output_dir", "out"]),

@@ -58,9 +58,9 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"Usage: halfbyte {name} [OPTIONS]")
-    if name != "doctor":
+    if name not in ("doctor", "inspect"):
         assert "--model_name_or_path MODEL" in shown
-        assert "[default: nf4]" in shown
+        assert "[default: nf4]" in shown or name == "merge"  # which goes by what the adapter's run says
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:
@@ -142,7 +142,7 @@ def test_a_file_and_flags(seen: dict[str, Any], tmp_path: Path) -> None:
         (["finetun"], "there is no command 'finetun': did you mean finetune?"),
         (
             ["qwerty"],
-            "there is no command 'qwerty': there are finetune, data, plan, evaluate, generate, quantize, doctor",
+            f"there is no command 'qwerty': there are {', '.join(SUBCOMMANDS)}",
         ),
         (["--frobnicate"], "unknown flag --frobnicate: halfbyte --help lists the flags"),
         (["finetune", "--learning-rate", "1"], "unknown flag --learning-rate: did you mean --learning_rate?"),

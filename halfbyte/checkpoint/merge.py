@@ -1,0 +1,233 @@
+"""Adapters into the weights of their base, tensor by tensor: read, changed in float32, rounded once, written.
+
+    onto the original     round16(W + Δ)         W as the 16-bit files have it
+    onto the quantized    round16(Ŵ + Δ)         Ŵ = dequantize(quantize(W)): what training saw
+    into 4 bits           quantize(… + Δ)        one quantization, of the sum of all deltas
+
+What the adapters do not touch is passed on as it is, under its file's own name, so that whatever opened the base opens
+the merge. The base's fingerprint is taken on the way, in the order in which `weights_sha256` takes it: a base that is
+not the one of the training is known when the last tensor has been read, and before the directory has its name.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.shards import ShardWriter
+from halfbyte.errors import HalfbyteError
+from halfbyte.huggingface.adapter_changes import Change, apply_changes
+from halfbyte.huggingface.base_weights import BaseWeights, FourBitLayout
+from halfbyte.quant import QuantizedTensor, quantize_4bit, to_keys
+
+Onto = Literal["original", "quantized"]
+SHARD_BYTES = 5_000_000_000  # as transformers has them
+_KEYS_A_WEIGHT = 6  # codes and the five tensors of their constants
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to merge."""
+
+    onto: Onto
+    dtype: torch.dtype = torch.bfloat16  # of what is not in 4 bits
+    layout: FourBitLayout | None = None  # of the output; None is 16 bits
+    combination: str = "linear"
+    density: float = 0.5
+    shard_bytes: int = SHARD_BYTES
+    fingerprint: bool = True  # of the base, which has to be quantized for it
+
+
+@dataclass(frozen=True)
+class MergedWeights:
+    """What was written."""
+
+    bytes: int
+    files: int
+    tensors: int
+    changed: int  # parameters that the adapters change
+    base_sha256: str | None  # `weights_sha256` of the base in 4 bits; None where it was not, or cannot be, taken
+    untied: bool  # the output layer and the embedding are no longer one
+
+
+def merge_weights(
+    base: BaseWeights, changes: Mapping[str, Sequence[Change]], directory: Path, settings: Settings
+) -> MergedWeights:
+    """Write the merged tensors into a directory, which is there.
+
+    Raises:
+        HalfbyteError: a tensor of the base or of an adapter cannot be read, or what comes out of it is not finite; an
+            adapter changes what the base's files have under no name of its own.
+    """
+    _check_changes(base, changes)
+    return _Merge(base, changes, settings).write(directory)
+
+
+class _Merge:
+    """The merge of one model, and what is known of it so far."""
+
+    def __init__(self, base: BaseWeights, changes: Mapping[str, Sequence[Change]], settings: Settings) -> None:
+        self.base, self.changes, self.settings = base, changes, settings
+        self.parameters = dict(base.model.named_parameters(remove_duplicate=False))
+        self.untied = {name for name in base.tied if any(_separates(change) for change in changes.get(name, ()))}
+        self.untied |= {other for name in self.untied for other in base.tied[name]}
+        self.digest = hashlib.sha256() if settings.fingerprint and not base.unnamed else None
+        self.written: set[str] = set()
+
+    def write(self, directory: Path) -> MergedWeights:
+        names = [*self.base.file_names.values(), *self.base.unnamed, *self.untied]
+        keys = len(names) * (1 if self.settings.layout is None else _KEYS_A_WEIGHT)
+        longest = max(map(len, names), default=0) + 32  # of a constant's suffix
+        with ShardWriter(directory, self.settings.shard_bytes, keys, longest) as writer:
+            for _, own in self.base.modules_in_order():
+                self._write_module(writer, own)
+            rest = [name for name in self.base.file_names.values() if name not in self.written]
+            for file_name in (*rest, *self.base.unnamed):
+                self._write_as_it_is(writer, file_name)
+        return MergedWeights(
+            bytes=writer.total_bytes,
+            files=writer.files,
+            tensors=writer.tensors,
+            changed=sum(1 for changes in self.changes.values() if changes),
+            base_sha256=None if self.digest is None else self.digest.hexdigest(),
+            untied=bool(self.untied),
+        )
+
+    def _write_module(self, writer: ShardWriter, own: list[str]) -> None:
+        constants: list[Tensor] = []  # a fingerprint has those of a module after its parameters
+        for name in own:
+            if self.base.file_name(name) is None:
+                continue  # fused from tensors that are passed on under their own names
+            file_name = self._output_name(name)
+            changed = self._changes_of(name)
+            is_layer = name in self.base.layout.layers
+            quantized = None
+            if is_layer and (self.digest is not None or self.settings.onto == "quantized"):
+                quantized = self.base.quantized(name)
+                self._digest(quantized.packed)
+                constants += to_keys(quantized).values()
+            elif self.digest is not None:
+                self._digest(self.base.original(name).to(self.parameters[name].dtype))
+            if file_name is None or file_name in self.written:
+                continue
+            self.written.add(file_name)
+            self._write_parameter(writer, name, file_name, quantized, changed)
+        for tensor in constants:
+            self._digest(tensor)
+
+    def _write_parameter(
+        self,
+        writer: ShardWriter,
+        name: str,
+        file_name: str,
+        quantized: QuantizedTensor | None,
+        changes: Sequence[Change],
+    ) -> None:
+        settings, layout = self.settings, self.settings.layout
+        in_4_bits = layout is not None and name in layout.layers
+        if in_4_bits and not changes and settings.onto == "quantized" and self._is_as_wanted(quantized):
+            assert quantized is not None
+            _add_quantized(writer, file_name, quantized)
+            return
+        if quantized is not None and settings.onto == "quantized":
+            weight = quantized.dequantize(torch.float32)
+            if name in self.base.layout.transposed:
+                weight = weight.T
+        else:
+            weight = self.base.original(name)
+        if changes:
+            expected = weight.shape
+            weight = apply_changes(weight.to(torch.float32, copy=True), changes, settings.combination, settings.density)
+            if weight.shape != expected:
+                raise HalfbyteError(
+                    f"{changes[0].adapter.directory}: {name} is {tuple(weight.shape)} where {self.base.source.path} has"
+                    f" {tuple(expected)}."
+                )
+            if weight.numel() and not all(extreme.isfinite() for extreme in weight.aminmax()):
+                raise HalfbyteError(f"{self.base.source.path}: {name} holds a NaN or an infinity once it is merged.")
+        if in_4_bits:
+            assert layout is not None
+            assert layout.settings is not None
+            rows = weight.float().T if name in layout.transposed else weight.float()
+            wanted = layout.settings
+            try:
+                codes = quantize_4bit(rows, wanted.quant_type, wanted.block_size, wanted.double_quant)
+            except HalfbyteError as error:
+                raise HalfbyteError(f"{self.base.source.path}: {name}: {error}") from error
+            _add_quantized(writer, file_name, replace(codes, dtype=settings.dtype))
+        else:
+            usual = self.parameters[name].dtype == self.base.model.dtype  # some stay in float32, whatever is asked for
+            writer.add(file_name, weight.to(settings.dtype) if usual else weight)
+
+    def _write_as_it_is(self, writer: ShardWriter, file_name: str) -> None:
+        """A buffer, or a part of what the model fuses."""
+        if self.base.is_4bit(file_name):
+            raise HalfbyteError(
+                f"{self.base.source.path}: {file_name} is in 4 bits and is a part of a parameter that the model fuses;"
+                " name the 16-bit original of the model."
+            )
+        tensor = self.base.read(file_name)
+        if tensor.is_floating_point() and tensor.ndim > 1:
+            tensor = tensor.to(self.settings.dtype)
+        writer.add(file_name, tensor)
+
+    def _changes_of(self, name: str) -> Sequence[Change]:
+        if name in self.base.tied and name not in self.untied:
+            return [change for other in self.base.tied[name] for change in self.changes.get(other, ())]
+        return self.changes.get(name, ())
+
+    def _output_name(self, name: str) -> str | None:
+        """Where a parameter is written; None for a tied one that is written as another."""
+        if name in self.base.tied and name not in self.untied:
+            return self.base.file_name(name)
+        return self.base.file_names.get(name, name)
+
+    def _is_as_wanted(self, quantized: QuantizedTensor | None) -> bool:
+        wanted = None if self.settings.layout is None else self.settings.layout.settings
+        if quantized is None or wanted is None:
+            return False
+        nested = not isinstance(quantized.absmax, Tensor)
+        found = quantized.quant_type, quantized.block_size, nested
+        return found == (wanted.quant_type, wanted.block_size, wanted.double_quant)
+
+    def _digest(self, tensor: Tensor) -> None:
+        if self.digest is not None:
+            self.digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _check_changes(base: BaseWeights, changes: Mapping[str, Sequence[Change]]) -> None:
+    for name, found in changes.items():
+        if not found:
+            continue
+        if base.file_name(name) is None:
+            raise HalfbyteError(
+                f"{base.source.path} holds no tensor {name}, which {found[0].adapter.directory} changes; the model"
+                " fuses it from others, and such adapters cannot be merged."
+            )
+        whole = [change for change in found if change.saved is not None or _is_dora(change)]
+        if whole and len(found) > 1:
+            raise HalfbyteError(
+                f"{name} is trained as a whole by {whole[0].adapter.directory}, and another adapter changes it too;"
+                " merge one of them."
+            )
+
+
+def _is_dora(change: Change) -> bool:
+    return change.low_rank is not None and change.low_rank.magnitude is not None
+
+
+def _separates(change: Change) -> bool:
+    """Whether a change of one of two tied parameters is no change of the other."""
+    if change.adapter.config.ensure_weight_tying:
+        return False
+    return change.low_rank is not None or change.saved is not None
+
+
+def _add_quantized(writer: ShardWriter, file_name: str, quantized: QuantizedTensor) -> None:
+    writer.add(file_name, quantized.packed)
+    for suffix, tensor in to_keys(quantized).items():
+        writer.add(f"{file_name}.{suffix}", tensor)
