@@ -27,6 +27,7 @@ from halfbyte.huggingface.adapter_changes import AdapterFile, Change, find_chang
 from halfbyte.huggingface.base_weights import BaseWeights, FourBitLayout, four_bit_layout, open_base
 from halfbyte.huggingface.peft import load_adapter
 from halfbyte.huggingface.source import reason
+from halfbyte.recipes.export import GgufExport, modelfile_of, write_gguf, write_modelfile
 from halfbyte.recipes.audit import TRAINED, AuditResult, Figures, audit_examples, best_of, give_verdict, measure
 from halfbyte.recipes.provenance import Origin, peak_resident_bytes, read_origin, tokenizer_fingerprints, versions
 
@@ -46,6 +47,7 @@ class MergeResult:
     base_sha256: str | None  # of the base in 4 bits
     verified: bool  # the base is the one that the adapters were trained on
     untied: bool  # the output layer is no longer the embedding
+    modelfile: str | None  # of Ollama's, beside a .gguf file
     notes: list[str]
     seconds: float
     peak_bytes: int
@@ -56,21 +58,26 @@ class MergeResult:
 
 
 def merge(
-    model_name_or_path: str, adapter: str | Sequence[str], output: str, *, console: Console | None = None, **keys: Any
+    model_name_or_path: str,
+    adapter: str | Sequence[str] | None,
+    output: str,
+    *,
+    console: Console | None = None,
+    **keys: Any,
 ) -> MergeResult:
     """Merge adapters into a model, and write it: `merge("model", "runs/first", "merged", dtype="bfloat16")`.
 
     Args:
         model_name_or_path: the base: a directory, a `.gguf` file or a hub id; in 16 bits, or a 4-bit checkpoint.
-        adapter: the directory of a LoRA adapter, or several.
-        output: a directory that is not there yet.
+        adapter: the directory of a LoRA adapter, or several; None writes the model alone, as GGUF.
+        output: a directory that is not there yet, or with format="gguf" a .gguf file.
         keys: what `halfbyte merge` takes as flags (docs/configuration.md): base, dtype, weights, audit, …
 
     Raises:
         HalfbyteError: bad input; then nothing has the name `output`.
     """
-    adapters = [adapter] if isinstance(adapter, str) else list(adapter)
-    given = {"model_name_or_path": model_name_or_path, "adapter": adapters, "output": output, **keys}
+    adapters = [adapter] if isinstance(adapter, str) else list(adapter or [])
+    given = {"model_name_or_path": model_name_or_path, "adapter": adapters or None, "output": output, **keys}
     return run_merge(load_config(MergeConfig, None, given), console)
 
 
@@ -79,7 +86,7 @@ def run_merge(config: MergeConfig, console: Console | None = None) -> MergeResul
     console = console or Console(stderr=True)
     started = time.perf_counter()
     output = Path(config.output)
-    _check_output(output)
+    _check_output(output, is_file=config.format == "gguf")
     job = _prepare(config)
     bases = _bases(job)
     audited = None
@@ -88,7 +95,10 @@ def run_merge(config: MergeConfig, console: Console | None = None) -> MergeResul
             onto, weights, audited = _merge_measured(job, bases, output, console)
         else:
             (onto,) = bases
-            weights = job.write(Variant(onto, config.dtype), output)
+            weights = job.write(job.wanted(onto), output)
+        modelfile = None
+        if job.is_gguf:
+            modelfile = write_modelfile(output, job.tokenizer, job.notes, job.base.model.generation_config)
     except OSError as error:
         raise HalfbyteError(
             f"output {output} cannot be written ({error.strerror or error}); make room there."
@@ -105,6 +115,7 @@ def run_merge(config: MergeConfig, console: Console | None = None) -> MergeResul
         base_sha256=weights.base_sha256,
         verified=job.is_verified(weights),
         untied=weights.untied,
+        modelfile=None if modelfile is None else str(modelfile),
         notes=job.notes,
         seconds=time.perf_counter() - started,
         peak_bytes=peak_resident_bytes(),
@@ -117,15 +128,16 @@ class Variant:
     """A way to merge."""
 
     onto: Onto
-    dtype: str  # a torch dtype's name, or a 4-bit type
+    dtype: str  # a torch dtype's name, a 4-bit type, or a kind of GGUF's
+    gguf: bool = False
 
     @property
     def in_4_bits(self) -> bool:
-        return not hasattr(torch, self.dtype)
+        return not self.gguf and not hasattr(torch, self.dtype)
 
     @property
     def name(self) -> str:
-        return f"{self.dtype}, onto the {self.onto} base"
+        return f"{self.dtype}{' in GGUF' if self.gguf else ''}, onto the {self.onto} base"
 
 
 @dataclass(frozen=True)
@@ -141,8 +153,16 @@ class _Job:
     settings: QuantizationConfig | None  # how training had the base
     notes: list[str]
 
-    def write(self, variant: Variant, directory: Path) -> MergedWeights:
-        """Merge into a directory, which has its name when all of it is there.
+    @property
+    def is_gguf(self) -> bool:
+        return self.config.format == "gguf"
+
+    def wanted(self, onto: Onto) -> Variant:
+        """What was asked for."""
+        return Variant(onto, self.config.dtype, self.is_gguf)
+
+    def write(self, variant: Variant, output: Path) -> MergedWeights:
+        """Merge into a directory, or a file, which has its name when all of it is there.
 
         Raises:
             HalfbyteError: the base is not the one of the training; whatever `merge_weights` refuses.
@@ -150,14 +170,17 @@ class _Job:
         layout = self._layout(variant)
         settings = Settings(
             onto=variant.onto,
-            dtype=torch.bfloat16 if variant.in_4_bits else getattr(torch, variant.dtype),
+            dtype=None if variant.gguf else torch.bfloat16 if variant.in_4_bits else getattr(torch, variant.dtype),
             layout=layout,
             combination=self.config.combination,
             density=self.config.density,
             shard_bytes=memory_bytes(self.config.max_shard_size),
             fingerprint=any(origin.base_sha256 for origin in self.origins),
         )
-        with directory_written_aside(directory) as aside:
+        if variant.gguf:
+            export = GgufExport(self.base, self.changes, self.tokenizer, settings, variant.dtype, self.notes)
+            return write_gguf(export, output, self._record(variant, None), self._check_base)
+        with directory_written_aside(output) as aside:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.config.seed)  # DARE drops at random
                 weights = merge_weights(self.base, self.changes, aside, settings)
@@ -228,14 +251,15 @@ class _Job:
         elif self.base.model.generation_config is not None:
             self.base.model.generation_config.save_pretrained(directory)
 
-    def _record(self, variant: Variant, weights: MergedWeights) -> dict[str, Any]:
+    def _record(self, variant: Variant, weights: MergedWeights | None) -> dict[str, Any]:
+        """What was merged; without the weights, of which nothing is known before they are written."""
         scales = self.config.weights or [1.0] * len(self.adapters)
         return {
             "versions": versions(),
             "base_model": {
                 "name_or_path": self.base.source.name,
-                "weights_sha256": weights.base_sha256,
-                "verified": self.is_verified(weights),
+                **({} if weights is None else {"weights_sha256": weights.base_sha256}),
+                **({} if weights is None else {"verified": self.is_verified(weights)}),
             },
             "onto": variant.onto,
             "dtype": variant.dtype,
@@ -246,22 +270,24 @@ class _Job:
             ],
             "combination": self.config.combination,
             "tokenizer": tokenizer_fingerprints(self.tokenizer),
-            "tensors": weights.tensors,
-            "bytes": weights.bytes,
+            **({} if weights is None else {"tensors": weights.tensors, "bytes": weights.bytes}),
         }
 
 
 # ── Before anything is read at length ────────────────────────────────────────────────────────────────────────────────
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Path, is_file: bool) -> None:
+    taken = output if output.exists() else modelfile_of(output)
+    if is_file and taken.exists():
+        raise HalfbyteError(f"output {taken} exists, and is not overwritten; name another.")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise HalfbyteError(f"output {output} exists, and is not overwritten; name another.")
     check_writable(output, "output")
 
 
 def _prepare(config: MergeConfig) -> _Job:
-    adapters = [AdapterFile(path) for path in config.adapter]
+    adapters = [AdapterFile(path) for path in config.adapter or []]
     scales = config.weights or [1.0] * len(adapters)
     if len(scales) != len(adapters):
         raise HalfbyteError(f"weights are {len(scales)} where adapters are {len(adapters)}; give one for each adapter.")
@@ -276,7 +302,7 @@ def _prepare(config: MergeConfig) -> _Job:
     for adapter, scale in zip(adapters, scales, strict=True):
         for name, change in find_changes(base.model, str(base.source.path), adapter, scale).items():
             changes.setdefault(name, []).append(change)
-    if not any(origin.base_sha256 for origin in origins):
+    if adapters and not any(origin.base_sha256 for origin in origins):
         notes.append(
             f"{adapters[0].directory} does not say what weights it was trained on, so it is not checked that they are"
             " these"
@@ -304,7 +330,10 @@ def _training_quantization(
                 f"{adapters[0].directory} and another adapter were trained on bases of different quantization; say with"
                 " --quant_type and the like which one to merge onto."
             )
-    values = {**(said[0] if said else _as_keys(QuantizationConfig())), **given}
+    # Where nothing is merged, the numbers of a .gguf file are passed on as they are.
+    exact = not adapters and config.base != "quantized"
+    usual = QuantizationConfig(compute_dtype=torch.float32 if exact else torch.bfloat16)
+    values = {**(said[0] if said else _as_keys(usual)), **given}
     if values["quant_type"] == "none":
         return None
     return QuantizationConfig(**values)
@@ -376,7 +405,9 @@ def _bases(job: _Job) -> list[Onto]:
         there.append("quantized")
     if not base.is_quantized:
         there.append("original")
-    return there if config.base == "auto" else [config.base]
+    if config.base is not None:
+        return there if config.base == "auto" else [config.base]
+    return there[:1] if job.adapters else there[-1:]
 
 
 def _without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -398,11 +429,11 @@ def _merge_measured(
     examples, made = audit_examples(
         job.tokenizer, config.dataset, config.dataset_format, config.max_length, config.limit
     )
-    candidates = [Variant(onto, config.dtype) for onto in bases]
+    candidates = [job.wanted(onto) for onto in bases]
     variants = list(dict.fromkeys([*candidates, *(_audited(job) if config.audit else [])]))
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.merging-") as work:
-        places = {variant: Path(work) / f"{index}" for index, variant in enumerate(variants)}
+        places = {v: Path(work) / (f"{index}.gguf" if v.gguf else f"{index}") for index, v in enumerate(variants)}
         written = {}
         for variant, place in places.items():
             console.print(f"merging: {variant.name}", highlight=False)
@@ -413,8 +444,9 @@ def _merge_measured(
         names = {variant.name: variant for variant in candidates}
         best = names[best_of([each for each in figures if each.name in names], made).name]
         audit = _audit_result(config, examples, made, figures, best)
-        record = places[best] / MERGE_FILE
-        write_json(record, {**json.loads(record.read_text()), "audit": audit.to_dict()})
+        if not best.gguf:
+            record = places[best] / MERGE_FILE
+            write_json(record, {**json.loads(record.read_text()), "audit": audit.to_dict()})
         places[best].rename(output)
     return best.onto, written[best], audit
 
@@ -464,7 +496,7 @@ def _load_trained(job: _Job) -> nn.Module:
 
 
 def _load_merged(directory: Path, variant: Variant) -> nn.Module:
-    dtype = torch.float32 if variant.dtype in ("float16", "float32") else torch.bfloat16
+    dtype = torch.float32 if variant.dtype in ("float16", "float32", "q8_0", "q4_0") else torch.bfloat16
     model, _ = load_model(str(directory), "none", compute_dtype=dtype)
     merged: nn.Module = model
     return merged

@@ -1,0 +1,120 @@
+"""A model as one .gguf file for llama.cpp, and the Modelfile with which Ollama takes it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gguf import GGML_QUANT_VERSION, GGUFWriter
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from halfbyte.checkpoint.files import file_written_aside, write_text
+from halfbyte.checkpoint.gguf import (
+    KINDS,
+    GgufFile,
+    GgufModel,
+    copy_metadata,
+    kind_of,
+    read_extra_tensors,
+)
+from halfbyte.checkpoint.merge import MergedWeights, Settings, merge_weights, untied_names
+from halfbyte.errors import HalfbyteError
+from halfbyte.huggingface.adapter_changes import Change
+from halfbyte.huggingface.base_weights import BaseWeights
+from halfbyte.huggingface.gguf_families import GgufLayout, gguf_layout, write_hyperparameters
+from halfbyte.huggingface.gguf_tokenizer import write_special_tokens, write_tokenizer
+
+RECORD_KEY = "halfbyte.merge"  # what is in merge.json of a directory, as JSON
+
+
+@dataclass(frozen=True)
+class GgufExport:
+    """What is to be one file."""
+
+    base: BaseWeights
+    changes: Mapping[str, Sequence[Change]]
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
+    dtype: str  # of checkpoint.gguf.KINDS
+    notes: list[str]  # what there is to be said is added
+
+
+def write_gguf(
+    export: GgufExport, path: Path, record: dict[str, Any], check: Callable[[MergedWeights], None]
+) -> MergedWeights:
+    """Merge into a .gguf file, which has its name when all of it is there.
+
+    Args:
+        record: where the weights are from; goes into the file.
+        check: called with what was merged, before the file has its name.
+
+    Raises:
+        HalfbyteError: a model or a tokenizer that GGUF has no words for; whatever `merge_weights` and `check` refuse.
+    """
+    base = export.base
+    layout = _layout(export)
+    shapes = {layout.names[name]: tuple(parameter.shape) for name, parameter in _parameters(base)}
+    tensors = {place: (shape, kind_of(place, shape, export.dtype)) for place, shape in shapes.items()}
+    tensors |= {place: (tuple(tensor.shape), KINDS["float32"][0]) for place, tensor in layout.extra.items()}
+    writer = GGUFWriter(None, layout.architecture)
+    _write_metadata(writer, export)
+    writer.add_string(RECORD_KEY, json.dumps(record, ensure_ascii=False))
+    names = {file_name: name for name, file_name in base.file_names.items()}
+    names |= {name: name for name in layout.names if name not in base.file_names}
+    with file_written_aside(path) as aside:
+        file = GgufModel(GgufFile(aside, writer, tensors), layout, names)
+        weights = merge_weights(base, export.changes, file, export.settings)
+        check(weights)
+    return weights
+
+
+def _layout(export: GgufExport) -> GgufLayout:
+    base, where = export.base, str(export.base.source.path)
+    lacking = [name for name, _ in _parameters(base) if base.file_name(name) is None]
+    if lacking:
+        raise HalfbyteError(f"{where} has {lacking[0]} in parts that the model fuses; it cannot be written as GGUF.")
+    layout = gguf_layout(base.model, where, base.tied.keys() - untied_names(base, export.changes))
+    export.notes.extend(note for note in layout.notes if note not in export.notes)
+    if base.source.gguf_file is None:
+        return layout
+    return replace(layout, extra=read_extra_tensors(base.source.gguf_file, set(layout.names.values())))
+
+
+def _parameters(base: BaseWeights) -> list[tuple[str, Any]]:
+    return list(base.model.named_parameters(remove_duplicate=False))
+
+
+def _write_metadata(writer: GGUFWriter, export: GgufExport) -> None:
+    base, tokenizer = export.base, export.tokenizer
+    if base.source.gguf_file is not None:
+        copy_metadata(writer, base.source.gguf_file)
+        write_special_tokens(writer, tokenizer)  # an adapter's template may end answers with another token
+        if isinstance(tokenizer.chat_template, str):
+            writer.add_chat_template(tokenizer.chat_template)
+    else:
+        writer.add_type("model")
+        writer.add_name(base.source.directory.absolute().name)
+        write_hyperparameters(writer, base.config)
+        rows = base.model.get_input_embeddings().weight.shape[0]
+        notes = write_tokenizer(writer, tokenizer, rows, str(base.source.path))
+        export.notes.extend(note for note in notes if note not in export.notes)
+    writer.add_file_type(KINDS[export.dtype][1])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+# ── Ollama ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def modelfile_of(path: Path) -> Path:
+    """Where the Modelfile of a .gguf file is."""
+    return path.with_suffix(".Modelfile")
+
+
+def write_modelfile(
+    path: Path, tokenizer: PreTrainedTokenizerBase, notes: list[str], generation: GenerationConfig | None
+) -> Path:
+    """Write the Modelfile beside a .gguf file."""
+    place = modelfile_of(path)
+    write_text(place, f"FROM ./{path.name}\n")
+    return place
