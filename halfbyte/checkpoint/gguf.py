@@ -9,20 +9,21 @@ them the place of each; they may then come in any order. Each is rounded once, f
 """
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 from torch import Tensor
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.gguf_families import GgufLayout
 
-Kind = GGMLQuantizationType
 KINDS = {
     "float32": (Kind.F32, LlamaFileType.ALL_F32),
     "float16": (Kind.F16, LlamaFileType.MOSTLY_F16),
@@ -91,8 +92,9 @@ class GgufFile:
         self.tensors += 1
         columns = tensor.shape[-1]
         rows = tensor.detach().cpu().reshape(-1, columns)
-        for chunk in rows.split(max(1, _CHUNK_VALUES // columns)):
-            encoded = encode(chunk, self._kinds[name], name)
+        step = max(1, _CHUNK_VALUES // columns)
+        for begin in range(0, len(rows), step):
+            encoded = encode(rows[begin : begin + step], self._kinds[name], name)
             self._open.write(encoded.data)
             self.total_bytes += encoded.nbytes
 
@@ -170,10 +172,10 @@ def encode(rows: Tensor, kind: Kind, name: str) -> np.ndarray:  # (rows, columns
         return np.ascontiguousarray(quantize(rows.float().numpy(), kind))
 
 
-def copy_metadata(writer: GGUFWriter, file: Path) -> None:
-    """What a .gguf file says of its model, its tokenizer included, for a file with other weights of that model."""
-    for key, value in GGUFReader(file).fields.items():
-        if key.startswith(_OF_THE_FILE):
+def copy_metadata(writer: GGUFWriter, reader: GGUFReader) -> None:
+    """What a .gguf file says of its model, for one with other weights; not what the writer has been told already."""
+    for key, value in reader.fields.items():
+        if key.startswith(_OF_THE_FILE) or key in writer.kv_data[0]:
             continue
         sub_type = value.types[1] if value.types[0] == GGUFValueType.ARRAY else None
         contents = value.contents()
@@ -181,18 +183,15 @@ def copy_metadata(writer: GGUFWriter, file: Path) -> None:
             writer.add_key_value(key, contents, value.types[0], sub_type)
 
 
-def read_extra_tensors(file: Path, known: set[str]) -> dict[str, Tensor]:
+def read_extra_tensors(reader: GGUFReader, known: set[str]) -> dict[str, Tensor]:
     """A file's tensors in F32 that are no parameters of the model, as rotary factors are not."""
     return {
         tensor.name: torch.from_numpy(np.array(tensor.data))
-        for tensor in GGUFReader(file).tensors
+        for tensor in reader.tensors
         if tensor.name not in known and tensor.tensor_type == Kind.F32
     }
 
 
 def _stored_bytes(shape: tuple[int, ...], kind: Kind) -> int:
     block, size = GGML_QUANT_SIZES[kind]
-    values = 1
-    for length in shape:
-        values *= length
-    return values // block * size
+    return int(prod(shape) // block * size)

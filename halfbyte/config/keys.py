@@ -394,7 +394,7 @@ def _check_merge_keys(config: "MergeConfig") -> None:
     blocks, codes = config.dtype in ("q8_0", "q4_0"), config.dtype in ("nf4", "fp4", "int4")
     relations = [
         ("format", is_gguf or not named_gguf, f"{config.output} is the name of a GGUF file: add --format gguf"),
-        ("output", named_gguf or not is_gguf, f"{config.output} would be a GGUF file: give it a name that ends in .gguf"),
+        ("output", named_gguf or not is_gguf, f"GGUF is a file: give {config.output} a name that ends in .gguf"),
         ("dtype", is_gguf or not blocks, f"dtype {config.dtype} is GGUF's: add --format gguf, or take another"),
         (
             "dtype",

@@ -105,7 +105,7 @@ def gguf_layout(model: PreTrainedModel, where: str, tied: Collection[str] = ()) 
             transforms[name] = _interleaved(heads, parameter.shape[0])
         elif family.norms_from_zero and stem.endswith("norm"):
             transforms[name] = _plus_one
-    extra, notes = _rotary_tensors(config, family), []
+    extra, notes = _rotary_tensors(config), []
     window = getattr(config, "sliding_window", None)
     if window and family.layer_pattern is None and getattr(config, "use_sliding_window", True):
         notes.append(
@@ -169,7 +169,7 @@ def _write_rope_scaling(writer: GGUFWriter, config: PreTrainedConfig, rope: dict
         writer.add_rope_scaling_attn_factors(attention_factor)
 
 
-def _rotary_tensors(config: PreTrainedConfig, family: Family) -> dict[str, Tensor]:
+def _rotary_tensors(config: PreTrainedConfig) -> dict[str, Tensor]:
     """By what llama.cpp divides its frequencies: float32, one for each pair of a head."""
     rope = _rope(config)
     kind = rope.get("rope_type", "default")
@@ -188,8 +188,8 @@ def _rotary_tensors(config: PreTrainedConfig, family: Family) -> dict[str, Tenso
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
     """Of the layers that see everything, where there are two kinds."""
-    rope: dict[str, Any] = config.rope_parameters
-    return rope.get("full_attention", rope)
+    rope: dict[str, Any] = config.rope_parameters.get("full_attention", config.rope_parameters)
+    return rope
 
 
 def _check_attention(config: PreTrainedConfig, family: Family, where: str) -> None:

@@ -50,17 +50,14 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows
     vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
     tokens = [vocabulary.get(index, _UNUSED.format(index)) for index in range(rows)]
     writer_notes = (
-        _write_sentencepiece(writer, parts, tokens, backend, where)
+        _write_sentencepiece(writer, parts, tokens, backend)
         if model["byte_fallback"]
         else _write_byte_level(writer, parts, tokens, where)
     )
     writer.add_token_list([token.encode() for token in tokens])
     writer.add_token_types(_token_types(parts, vocabulary, tokens))
     write_special_tokens(writer, tokenizer)
-    if isinstance(tokenizer.chat_template, dict):
-        writer.add_chat_template([{"name": name, "template": t} for name, t in tokenizer.chat_template.items()])
-    elif tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    write_chat_template(writer, tokenizer)
     if parts["normalizer"] is not None and "NF" in json.dumps(parts["normalizer"]):
         writer_notes.append("the tokenizer composes accents written in two signs, which llama.cpp leaves as they are")
     return writer_notes
@@ -78,6 +75,14 @@ def write_special_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase)
     writer.add_add_bos_token(begins_with_bos(tokenizer))
     last = tokenizer("a", add_special_tokens=True)["input_ids"][-1]
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and last == tokenizer.eos_token_id)
+
+
+def write_chat_template(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The tokenizer's chat template, or all of them where it has several; nothing where it has none."""
+    if isinstance(tokenizer.chat_template, dict):
+        writer.add_chat_template([{"name": name, "template": t} for name, t in tokenizer.chat_template.items()])
+    elif tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
 
 
 def split_as_named(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
@@ -136,9 +141,7 @@ def _write_byte_level(writer: GGUFWriter, parts: dict[str, Any], tokens: list[st
     return []
 
 
-def _write_sentencepiece(
-    writer: GGUFWriter, parts: dict[str, Any], tokens: list[str], backend: Tokenizer, where: str
-) -> list[str]:
+def _write_sentencepiece(writer: GGUFWriter, parts: dict[str, Any], tokens: list[str], backend: Tokenizer) -> list[str]:
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     earliest: dict[str, int] = {}

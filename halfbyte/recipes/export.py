@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gguf import GGML_QUANT_VERSION, GGUFWriter
+from gguf import GGML_QUANT_VERSION, GGUFReader, GGUFWriter
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from halfbyte.checkpoint.files import file_written_aside, write_text
@@ -18,12 +18,13 @@ from halfbyte.checkpoint.gguf import (
     kind_of,
     read_extra_tensors,
 )
+from halfbyte.checkpoint.gguf_adapter import write_gguf_adapter
 from halfbyte.checkpoint.merge import MergedWeights, Settings, merge_weights, untied_names
 from halfbyte.errors import HalfbyteError
-from halfbyte.huggingface.adapter_changes import Change
+from halfbyte.huggingface.adapter_changes import AdapterFile, Change
 from halfbyte.huggingface.base_weights import BaseWeights
 from halfbyte.huggingface.gguf_families import GgufLayout, gguf_layout, write_hyperparameters
-from halfbyte.huggingface.gguf_tokenizer import write_special_tokens, write_tokenizer
+from halfbyte.huggingface.gguf_tokenizer import write_chat_template, write_special_tokens, write_tokenizer
 
 RECORD_KEY = "halfbyte.merge"  # what is in merge.json of a directory, as JSON
 
@@ -53,12 +54,13 @@ def write_gguf(
         HalfbyteError: a model or a tokenizer that GGUF has no words for; whatever `merge_weights` and `check` refuse.
     """
     base = export.base
-    layout = _layout(export)
+    reader = None if base.source.gguf_file is None else GGUFReader(base.source.gguf_file)
+    layout = _layout(export, reader)
     shapes = {layout.names[name]: tuple(parameter.shape) for name, parameter in _parameters(base)}
     tensors = {place: (shape, kind_of(place, shape, export.dtype)) for place, shape in shapes.items()}
     tensors |= {place: (tuple(tensor.shape), KINDS["float32"][0]) for place, tensor in layout.extra.items()}
     writer = GGUFWriter(None, layout.architecture)
-    _write_metadata(writer, export)
+    _write_metadata(writer, export, reader)
     writer.add_string(RECORD_KEY, json.dumps(record, ensure_ascii=False))
     names = {file_name: name for name, file_name in base.file_names.items()}
     names |= {name: name for name in layout.names if name not in base.file_names}
@@ -69,29 +71,28 @@ def write_gguf(
     return weights
 
 
-def _layout(export: GgufExport) -> GgufLayout:
+def _layout(export: GgufExport, reader: GGUFReader | None) -> GgufLayout:
     base, where = export.base, str(export.base.source.path)
     lacking = [name for name, _ in _parameters(base) if base.file_name(name) is None]
     if lacking:
         raise HalfbyteError(f"{where} has {lacking[0]} in parts that the model fuses; it cannot be written as GGUF.")
     layout = gguf_layout(base.model, where, base.tied.keys() - untied_names(base, export.changes))
     export.notes.extend(note for note in layout.notes if note not in export.notes)
-    if base.source.gguf_file is None:
+    if reader is None:
         return layout
-    return replace(layout, extra=read_extra_tensors(base.source.gguf_file, set(layout.names.values())))
+    return replace(layout, extra=read_extra_tensors(reader, set(layout.names.values())))
 
 
 def _parameters(base: BaseWeights) -> list[tuple[str, Any]]:
     return list(base.model.named_parameters(remove_duplicate=False))
 
 
-def _write_metadata(writer: GGUFWriter, export: GgufExport) -> None:
+def _write_metadata(writer: GGUFWriter, export: GgufExport, reader: GGUFReader | None) -> None:
     base, tokenizer = export.base, export.tokenizer
-    if base.source.gguf_file is not None:
-        copy_metadata(writer, base.source.gguf_file)
+    if reader is not None:
         write_special_tokens(writer, tokenizer)  # an adapter's template may end answers with another token
-        if isinstance(tokenizer.chat_template, str):
-            writer.add_chat_template(tokenizer.chat_template)
+        write_chat_template(writer, tokenizer)
+        copy_metadata(writer, reader)
     else:
         writer.add_type("model")
         writer.add_name(base.source.directory.absolute().name)
@@ -101,6 +102,21 @@ def _write_metadata(writer: GGUFWriter, export: GgufExport) -> None:
         export.notes.extend(note for note in notes if note not in export.notes)
     writer.add_file_type(KINDS[export.dtype][1])
     writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def write_lora(
+    base: BaseWeights, adapter: AdapterFile, changes: Mapping[str, Sequence[Change]], path: Path
+) -> tuple[int, int]:
+    """Write one adapter alone as a .gguf file: its bytes, and how many parameters it changes.
+
+    Raises:
+        HalfbyteError: a model that GGUF has no words for; whatever `write_gguf_adapter` refuses.
+    """
+    layout = gguf_layout(base.model, str(base.source.path), base.tied)
+    with file_written_aside(path) as aside:
+        plain = {name: change for name, (change,) in changes.items()}
+        file = write_gguf_adapter(plain, layout, adapter.directory.absolute().name, aside)
+    return file.total_bytes, len(plain)
 
 
 # ── Ollama ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -27,8 +27,8 @@ from halfbyte.huggingface.adapter_changes import AdapterFile, Change, find_chang
 from halfbyte.huggingface.base_weights import BaseWeights, FourBitLayout, four_bit_layout, open_base
 from halfbyte.huggingface.peft import load_adapter
 from halfbyte.huggingface.source import reason
-from halfbyte.recipes.export import GgufExport, modelfile_of, write_gguf, write_modelfile
 from halfbyte.recipes.audit import TRAINED, AuditResult, Figures, audit_examples, best_of, give_verdict, measure
+from halfbyte.recipes.export import GgufExport, modelfile_of, write_gguf, write_lora, write_modelfile
 from halfbyte.recipes.provenance import Origin, peak_resident_bytes, read_origin, tokenizer_fingerprints, versions
 
 MERGE_FILE = "merge.json"
@@ -89,15 +89,16 @@ def run_merge(config: MergeConfig, console: Console | None = None) -> MergeResul
     _check_output(output, is_file=config.format == "gguf")
     job = _prepare(config)
     bases = _bases(job)
-    audited = None
+    audited, modelfile = None, None
     try:
-        if config.audit or len(bases) > 1:
+        if config.adapter_only:
+            onto, weights = bases[0], job.write_adapter(output)
+        elif config.audit or len(bases) > 1:
             onto, weights, audited = _merge_measured(job, bases, output, console)
         else:
             (onto,) = bases
             weights = job.write(job.wanted(onto), output)
-        modelfile = None
-        if job.is_gguf:
+        if job.is_gguf and not config.adapter_only:
             modelfile = write_modelfile(output, job.tokenizer, job.notes, job.base.model.generation_config)
     except OSError as error:
         raise HalfbyteError(
@@ -108,7 +109,7 @@ def run_merge(config: MergeConfig, console: Console | None = None) -> MergeResul
     return MergeResult(
         output=str(output),
         onto=onto,
-        dtype=config.dtype,
+        dtype="float32" if config.adapter_only else config.dtype,
         bytes=weights.bytes,
         files=weights.files,
         changed=weights.changed,
@@ -192,6 +193,11 @@ class _Job:
             self.tokenizer.save_pretrained(aside)
             write_json(aside / MERGE_FILE, self._record(variant, weights))
         return weights
+
+    def write_adapter(self, output: Path) -> MergedWeights:
+        """The adapter alone, as llama.cpp loads it; the base is looked at and not read."""
+        size, changed = write_lora(self.base, self.adapters[0], self.changes, output)
+        return MergedWeights(size, files=1, tensors=2 * changed, changed=changed, base_sha256=None, untied=False)
 
     def is_verified(self, weights: MergedWeights) -> bool:
         known = {origin.base_sha256 for origin in self.origins}
