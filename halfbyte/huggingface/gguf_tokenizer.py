@@ -26,6 +26,8 @@ from halfbyte.errors import HalfbyteError
 _DIGITS_ALONE = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 _UNUSED = "[PAD{}]"  # llama.cpp's name for a row of the embedding that no token has
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_PHI_3 = re.compile("phi-?3", re.IGNORECASE)
+_OF_PHI_3 = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 _SPECIAL_IDS = ("bos", "eos", "unk", "pad", "sep", "mask")
 
 Steps = tuple[tuple[Any, ...], ...]  # what is done to a text, one after another
@@ -83,6 +85,19 @@ def write_chat_template(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) 
         writer.add_chat_template([{"name": name, "template": t} for name, t in tokenizer.chat_template.items()])
     elif tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def name_for_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The model's name such that llama.cpp reads Phi-3's tokens as transformers does, and those of others too.
+
+    After Phi-3's control tokens spaces are passed over. llama.cpp knows it by the name, and cannot open a file of that
+    name without those tokens.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    strips = any(token.special and token.rstrip for token in added)
+    if strips and tokenizer.get_vocab().keys() >= _OF_PHI_3:
+        return name if _PHI_3.search(name) else f"phi-3 {name}"
+    return _PHI_3.sub("phi_3", name)
 
 
 def split_as_named(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:

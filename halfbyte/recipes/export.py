@@ -24,7 +24,12 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.adapter_changes import AdapterFile, Change
 from halfbyte.huggingface.base_weights import BaseWeights
 from halfbyte.huggingface.gguf_families import GgufLayout, gguf_layout, write_hyperparameters
-from halfbyte.huggingface.gguf_tokenizer import write_chat_template, write_special_tokens, write_tokenizer
+from halfbyte.huggingface.gguf_tokenizer import (
+    name_for_tokens,
+    write_chat_template,
+    write_special_tokens,
+    write_tokenizer,
+)
 
 RECORD_KEY = "halfbyte.merge"  # what is in merge.json of a directory, as JSON
 
@@ -95,7 +100,7 @@ def _write_metadata(writer: GGUFWriter, export: GgufExport, reader: GGUFReader |
         copy_metadata(writer, reader)
     else:
         writer.add_type("model")
-        writer.add_name(base.source.directory.absolute().name)
+        writer.add_name(name_for_tokens(base.source.directory.absolute().name, tokenizer))
         write_hyperparameters(writer, base.config)
         rows = base.model.get_input_embeddings().weight.shape[0]
         notes = write_tokenizer(writer, tokenizer, rows, str(base.source.path))
