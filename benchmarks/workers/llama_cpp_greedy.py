@@ -2,7 +2,8 @@
 
 Reads one JSON object from standard input: model, lora (or null), prompts (lists of ids), new_tokens, ends (ids), forced
 (for each prompt the tokens to go along, or null). Writes one: tokens, a list a prompt. With `forced` they are what
-llama.cpp would take at each place of the given tokens, and not of its own. `texts` are tokenized instead.
+llama.cpp would take at each place of the given tokens, and not of its own. With `texts` those are tokenized instead,
+and with `logits` each prompt is read and the logits of all its places come out.
 """
 
 import json
@@ -25,8 +26,18 @@ def main() -> None:
         logits_all=True,
         verbose=False,
     )
+    if task.get("logits"):
+        json.dump([read(model, prompt) for prompt in task["prompts"]], sys.stdout)
+        return
     forced = task.get("forced") or [None] * len(task["prompts"])
-    json.dump([greedy(model, prompt, given, task) for prompt, given in zip(task["prompts"], forced)], sys.stdout)
+    pairs = zip(task["prompts"], forced, strict=True)
+    json.dump([greedy(model, prompt, given, task) for prompt, given in pairs], sys.stdout)
+
+
+def read(model: Llama, prompt: list) -> list:
+    model.reset()
+    model.eval(prompt)
+    return [[float(value) for value in row] for row in model.scores[: len(prompt)]]
 
 
 def greedy(model: Llama, prompt: list, given: "list | None", task: dict) -> list:

@@ -20,6 +20,8 @@ from halfbyte.checkpoint.gguf import (
 )
 from halfbyte.checkpoint.gguf_adapter import write_gguf_adapter
 from halfbyte.checkpoint.merge import MergedWeights, Settings, merge_weights, untied_names
+from halfbyte.data.go_template import go_template
+from halfbyte.data.masks import turn_end_ids
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.adapter_changes import AdapterFile, Change
 from halfbyte.huggingface.base_weights import BaseWeights
@@ -135,7 +137,21 @@ def modelfile_of(path: Path) -> Path:
 def write_modelfile(
     path: Path, tokenizer: PreTrainedTokenizerBase, notes: list[str], generation: GenerationConfig | None
 ) -> Path:
-    """Write the Modelfile beside a .gguf file."""
+    """Write the Modelfile beside a .gguf file; without TEMPLATE where the tokenizer's own cannot be said in Go."""
+    lines = [f"# ollama create NAME -f {modelfile_of(path).name}", f"FROM ./{path.name}"]
+    try:
+        template = go_template(tokenizer)
+    except HalfbyteError as error:
+        notes.append(f"{str(error).rstrip('.')}; the Modelfile has none, and Ollama takes what it finds in the file")
+    else:
+        notes.extend(template.notes)
+        lines.append(f'TEMPLATE """{template}"""')
+    vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
+    lines += [f"PARAMETER stop {json.dumps(vocabulary[index])}" for index in turn_end_ids(tokenizer)]
+    if generation is not None and generation.do_sample:
+        for ours in ("temperature", "top_p", "top_k"):
+            value = getattr(generation, ours, None)
+            lines += [] if value is None else [f"PARAMETER {ours} {value:g}"]
     place = modelfile_of(path)
-    write_text(place, f"FROM ./{path.name}\n")
+    write_text(place, "\n".join(lines) + "\n")
     return place
