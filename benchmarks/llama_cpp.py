@@ -147,9 +147,7 @@ def _compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument(
-        "--adapter", type=Path, help="by default one is trained, on examples/requests"
-    )
+    parser.add_argument("--adapter", type=Path, help="by default one is trained, on examples/requests")
     parser.add_argument("--steps", type=int, default=20, help="of that training")
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--python", type=Path, default=LLAMA, help="of an environment with llama-cpp-python")

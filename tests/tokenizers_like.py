@@ -12,14 +12,17 @@ TEXT = (
 
 
 def build_sentencepiece_like(
-    chat_template: str | None, specials: tuple[str, ...], prefix: bool = True
+    chat_template: str | None,
+    specials: tuple[str, ...],
+    prefix: bool = True,
+    names: tuple[str, str, str] = ("<unk>", "<s>", "</s>"),
 ) -> PreTrainedTokenizerFast:
     """As Llama 2, Mistral, Gemma and Phi-3 have it: over ▁ and letters, with tokens for single bytes.
 
     Its merges are what follows from its scores, as in files that were made from sentencepiece's.
 
     Args:
-        specials: after <unk>, <s> and </s>.
+        specials: after those of `names`: for what is unknown, the beginning and the end of a text.
         prefix: whether a text begins with a space that is not there, as Llama's does and Gemma's does not.
     """
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -28,24 +31,24 @@ def build_sentencepiece_like(
     parts = {word[:end] for word in words for end in range(2, len(word) + 1)}
     parts |= {word[begin:end] for word in words for begin in range(len(word)) for end in (begin + 2, begin + 3)}
     longer = sorted((part for part in parts if len(part) > 1), key=lambda part: (len(part), part))
-    tokens = ["<unk>", "<s>", "</s>", *pieces, *longer, *letters]
+    tokens = [*names, *pieces, *longer, *letters]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     scores = {token: -float(index) for token, index in vocabulary.items()}
     merges = generate_merges({token: vocabulary[token] for token in (*longer, *letters)}, scores)
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=names[0], byte_fallback=True, fuse_unk=True))
     replace = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    added = [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>", *specials)]
+    added = [AddedToken(token, special=True, normalized=False) for token in (*names, *specials)]
     tokenizer.add_special_tokens(added)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=chat_template,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<unk>",
+        unk_token=names[0],
+        bos_token=names[1],
+        eos_token=names[2],
+        pad_token="<pad>" if "<pad>" in specials else names[0],
     )
 
 

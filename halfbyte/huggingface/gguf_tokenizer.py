@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.integrations.gguf.reader import read_gguf_metadata
@@ -58,18 +58,21 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows
     )
     writer.add_token_list([token.encode() for token in tokens])
     writer.add_token_types(_token_types(parts, vocabulary, tokens))
-    write_special_tokens(writer, tokenizer)
+    write_special_tokens(writer, tokenizer, rows)
     write_chat_template(writer, tokenizer)
     if parts["normalizer"] is not None and "NF" in json.dumps(parts["normalizer"]):
         writer_notes.append("the tokenizer composes accents written in two signs, which llama.cpp leaves as they are")
     return writer_notes
 
 
-def write_special_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The tokens with a meaning, what an answer ends with, and whether a text begins with one."""
+def write_special_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """The tokens with a meaning, what an answer ends with, and whether a text begins with one.
+
+    A token that transformers adds to each tokenizer of a class, and that the model has no row for, is left out.
+    """
     for name in _SPECIAL_IDS:
         index = getattr(tokenizer, f"{name}_token_id", None)
-        if index is not None:
+        if index is not None and index < rows:
             getattr(writer, f"add_{name}_token_id")(index)
     ends = turn_end_ids(tokenizer)
     if ends and ends[-1] != tokenizer.eos_token_id:  # the first that an answer would be ended with
@@ -100,13 +103,21 @@ def name_for_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return _PHI_3.sub("phi_3", name)
 
 
-def split_as_named(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
-    """Give a tokenizer that transformers read from a .gguf file the split that the file names, where it missed it."""
+def read_as_llama_cpp(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Have a tokenizer that transformers made of a .gguf file take text apart as llama.cpp does, where it does not.
+
+    transformers does not know all names of splits, and a space that SentencePiece puts in front of a text it puts in
+    front of the first part alone, and not where one is already.
+    """
     metadata, _ = read_gguf_metadata(str(file))
-    name = metadata.get("tokenizer.ggml.pre")
-    if metadata.get("tokenizer.ggml.model") == "gpt2" and name in _DIGITS_ALONE:
+    backend, kind = tokenizer.backend_tokenizer, metadata.get("tokenizer.ggml.model")
+    if kind == "gpt2" and metadata.get("tokenizer.ggml.pre") in _DIGITS_ALONE:
         steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    elif kind == "llama" and isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+        prepend = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
+        backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
 
 
 def split_name(parts: dict[str, Any], where: str) -> str:

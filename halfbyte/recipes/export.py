@@ -96,15 +96,15 @@ def _parameters(base: BaseWeights) -> list[tuple[str, Any]]:
 
 def _write_metadata(writer: GGUFWriter, export: GgufExport, reader: GGUFReader | None) -> None:
     base, tokenizer = export.base, export.tokenizer
+    rows = base.model.get_input_embeddings().weight.shape[0]
     if reader is not None:
-        write_special_tokens(writer, tokenizer)  # an adapter's template may end answers with another token
+        write_special_tokens(writer, tokenizer, rows)  # an adapter's template may end answers with another token
         write_chat_template(writer, tokenizer)
         copy_metadata(writer, reader)
     else:
         writer.add_type("model")
         writer.add_name(name_for_tokens(base.source.directory.absolute().name, tokenizer))
         write_hyperparameters(writer, base.config)
-        rows = base.model.get_input_embeddings().weight.shape[0]
         notes = write_tokenizer(writer, tokenizer, rows, str(base.source.path))
         export.notes.extend(note for note in notes if note not in export.notes)
     writer.add_file_type(KINDS[export.dtype][1])
