@@ -38,14 +38,16 @@ def save_checkpoint(
     optimizer: AdamW,
     state: dict[str, Any],
     keep: int | None,
+    record: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `checkpoint-STEP`, then remove the oldest beyond `keep`.  `state` is the caller's, JSON-able.
+    """Write `checkpoint-STEP`, then remove the oldest beyond `keep`.  `state` is the caller's, JSON-able,
+    and `record` what `save_adapter` takes.
 
     Checkpoints of later steps, from before a resumption at an earlier one, are left until they are written again.
     """
     directory = run_directory / f"checkpoint-{step}"
     with directory_written_aside(directory) as aside:
-        save_adapter(model, aside)
+        save_adapter(model, aside, record)
         save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
         save_file(_random_states(), aside / "random.safetensors")
         write_json(aside / "state.json", {"step": step, **state})

@@ -245,14 +245,13 @@ class MergeKeys(Config):
     base: Literal["original", "quantized", "auto"] | None = Field(
         None,
         description="Onto the 16-bit files, or the 4-bit weights of the training; auto takes the better. By default"
-        " quantized, and original where there is no adapter.",
+        " quantized, and original for a merge into 4 bits and where there is no adapter.",
     )
     dtype: Literal["bfloat16", "float16", "float32", "nf4", "fp4", "int4", "q8_0", "q4_0"] = Field(
         "bfloat16", description="What the merged weights are in: 16 bits, 32, or 4; q8_0 and q4_0 are GGUF's."
     )
     adapter_only: bool = Field(False, description="Write the adapter alone, as llama.cpp loads it beside its base.")
     max_shard_size: MemorySize = Field("5GB", description="Largest file of weights; more of them are shards.")
-    any_base: bool = Field(False, description="Merge onto other weights than those of the training, with a note.")
 
 
 class CombinationKeys(Config):

@@ -24,8 +24,14 @@ from halfbyte.errors import HalfbyteError
 Messages = list[dict[str, str]]
 START, END = "start", "end"
 _SENTINELS = ("Qvb1Zx", "Qvb2Zx", "Qvb3Zx", "Qvb4Zx", "Qvb5Zx", "Qvb6Zx")
-_ASKED = (("user", "assistant", "user", "assistant", "user"), ("system", "user", "assistant", "user"))
-_UNUSUAL = (("user", "assistant"), ("user", "assistant", "system", "user"))  # what it says of them need not fit
+_ASKED: tuple[tuple[str, ...], ...] = (
+    ("user", "assistant", "user", "assistant", "user"),
+    ("system", "user", "assistant", "user"),
+)
+_UNUSUAL: tuple[tuple[str, ...], ...] = (
+    ("user", "assistant"),
+    ("user", "assistant", "system", "user"),
+)  # what it says of them need not fit
 _ROLES = ("system", "user", "assistant")
 _CHECKED = (
     ("user",),

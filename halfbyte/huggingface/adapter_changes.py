@@ -91,11 +91,11 @@ class AdapterFile:
         self.config = read_adapter_config(self.directory)
         self.file = self.directory / "adapter_model.safetensors"
         try:
-            self._handle: Any = safe_open(self.file, framework="pt", backend="pread")
-            names: list[str] = self._handle.keys()
-            self.shapes = {name: tuple(self._handle.get_slice(name).get_shape()) for name in names}
+            handle: Any = safe_open(self.file, framework="pt", backend="pread")
+            self.shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in list(handle.keys())}
         except (SafetensorError, OSError) as error:
             raise HalfbyteError(f"{self.file} cannot be read ({reason(error)}); copy it again.") from error
+        self._handle = handle
         if self.config.init_lora_weights not in INITIALIZERS:
             raise HalfbyteError(
                 f"{self.directory}: init_lora_weights {self.config.init_lora_weights!r} changed the base as well;"

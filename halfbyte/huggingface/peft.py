@@ -36,7 +36,7 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
 
     def __init__(self, base_layer: Linear4bit, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
-        self._before_merge: list[QuantizedTensor] = []
+        self._before_merge: QuantizedTensor | None = None
         self.shared_input: SharedInput | None = None  # with the layers beside it, once that is found
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
@@ -79,31 +79,33 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
         return None if self.lora_bias[adapter] else adapter
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: ARG002
-        """Add the adapters to the dequantized weight and quantize again; the codes are kept for `unmerge`.
+        """Add the adapters to the dequantized weight and quantize once; the codes are kept for `unmerge`.
 
-        Every merge is a safe one: quantization refuses a weight that is not finite.
+        Those that are merged already are added anew to the first codes: what is rounded twice is further away. Every
+        merge is a safe one: quantization refuses a weight that is not finite.
         """
         base = self.get_base_layer()
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.lora_A:
-                continue
-            if self.lora_bias[adapter]:
-                raise HalfbyteError(
-                    f"Adapter {adapter!r} has a bias; its merge into a base in 4 bits is not there yet."
-                )
-            before = base.quantized
-            with torch.no_grad():
-                weight = before.dequantize(torch.float32) + self.get_delta_weight(adapter).float()
-            merged = quantize_4bit(weight.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
-            self._before_merge.append(before)
-            base.quantized = merged
-            self.merged_adapters.append(adapter)
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        biased = next((name for name in new if self.lora_bias[name]), None)
+        if biased is not None:
+            raise HalfbyteError(f"Adapter {biased!r} has a bias; its merge into a base in 4 bits is not there yet.")
+        if not new:
+            return
+        before = base.quantized if self._before_merge is None else self._before_merge
+        with torch.no_grad():
+            weight = before.dequantize(torch.float32)
+            for name in (*self.merged_adapters, *new):
+                weight += self.get_delta_weight(name).float()
+        merged = quantize_4bit(weight.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
+        self._before_merge = before
+        base.quantized = merged
+        self.merged_adapters.extend(new)
 
     def unmerge(self) -> None:
         """Restore the bits from before the first merge."""
-        if self._before_merge:
-            self.get_base_layer().quantized = self._before_merge[0]
-            self._before_merge.clear()
+        if self._before_merge is not None:
+            self.get_base_layer().quantized = self._before_merge
+            self._before_merge = None
             self.merged_adapters.clear()
 
 

@@ -22,19 +22,18 @@ def prepare_tokenizer(
     Raises:
         HalfbyteError: there is none that can be read, or it cannot take the template (halfbyte.data.templates).
     """
-    saved = _saved_with(Path(adapter)) if adapter is not None else None
-    tokenizer = load_tokenizer(model_name_or_path) if saved is None else _read(saved)
+    saved = None if adapter is None else tokenizer_saved_with(Path(adapter))
+    tokenizer = load_tokenizer(model_name_or_path) if saved is None else saved
     set_chat_template(tokenizer, chat_template, system_prompt)
     return tokenizer
 
 
-def _saved_with(adapter: Path) -> Path | None:
-    """The directory of the adapter's tokenizer: its own, or of a checkpoint the run's."""
+def tokenizer_saved_with(adapter: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside an adapter; for a checkpoint's the run's.  Raises HalfbyteError if it cannot be read."""
     places = [adapter, adapter.absolute().parent] if re.fullmatch(r"checkpoint-\d+", adapter.name) else [adapter]
-    return next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
-
-
-def _read(directory: Path) -> PreTrainedTokenizerBase:
+    directory = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
+    if directory is None:
+        return None
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # whatever transformers and tokenizers raise on files that they cannot read

@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.data import IGNORE_INDEX, Batch, Example, encode_rows, read_rows
-from halfbyte.recipes.training import evaluation_batches
+from halfbyte.data import IGNORE_INDEX, Batch, Example, collate, encode_rows, lengths_of, read_rows
 
-TRAINED = "adapter on the 4-bit base"
 _MADE_ROWS, _MADE_LENGTH, _SEED = 16, 64, 42
+_BATCH_TOKENS = 1024  # of rows that are run at once, padding included: their logits are in memory, and rows alone slow
 _POSITIONS = 256  # whose logits are compared at once, in float32
 
 
@@ -92,26 +91,33 @@ def audit_examples(
 
 
 def measure(
+    name: str,
     load_trained: Callable[[], nn.Module],
     merges: Mapping[str, tuple[int, Callable[[], nn.Module]]],  # name -> bytes on disk, how to load it
     examples: Sequence[Example],
-    batch_size: int = 1,
     pad_token_id: int | None = None,
 ) -> list[Figures]:
-    """Compare each merge with what was trained; two models are in memory at a time."""
-
-    def batches() -> Iterator[Batch]:
-        return evaluation_batches(examples, batch_size, pad_token_id)
-
+    """Compare each merge with what was trained, which has a name too; two models are in memory at a time."""
     trained = load_trained().eval()
-    totals = _compare(trained, trained, batches())
-    found = [_figures(TRAINED, None, totals)]
-    for name, (size, load) in merges.items():
+    found = [_figures(name, None, _compare(trained, trained, _batches(examples, pad_token_id)))]
+    for merge, (size, load) in merges.items():
         merged = load().eval()
-        found.append(_figures(name, size, _compare(trained, merged, batches())))
+        found.append(_figures(merge, size, _compare(trained, merged, _batches(examples, pad_token_id))))
         del merged
         gc.collect()  # a model holds itself in cycles, and the next one needs its memory
     return found
+
+
+def _batches(examples: Sequence[Example], pad_token_id: int | None) -> Iterator[Batch]:
+    """All examples, as many at once as there is room for, those of like length together."""
+    lengths = lengths_of(examples)
+    batch: list[int] = []
+    for index in lengths.argsort(kind="stable").tolist():
+        if batch and (len(batch) + 1) * lengths[index] > _BATCH_TOKENS:
+            yield collate([examples[each] for each in batch], pad_token_id)
+            batch = []
+        batch.append(index)
+    yield collate([examples[each] for each in batch], pad_token_id)
 
 
 @dataclass
@@ -161,26 +167,33 @@ def _figures(name: str, size: int | None, totals: _Totals) -> Figures:
     )
 
 
-def give_verdict(figures: Sequence[Figures], max_kl: float, made_text: bool) -> str:
-    """One sentence: which of the merges to ship, and why."""
-    merges = [each for each in figures if each.bytes is not None]
+def give_verdict(
+    figures: Sequence[Figures], shipped: str, max_kl: float, made_text: bool, flags: Mapping[str, str] | None = None
+) -> str:
+    """One sentence: which of the merges to ship, and why; with its flags where it is not the one that was written."""
+    trained, *merges = figures
     near = [each for each in merges if each.mean_kl <= max_kl]
     if not near:
         nearest = min(merges, key=lambda each: each.mean_kl)
         return (
-            f"No merge is within a mean KL of {max_kl:g} of what was trained: ship the adapter with its 4-bit base, or,"
-            f" if it must be one model, {nearest.name}, which is nearest at {nearest.mean_kl:.3g}."
+            f"No merge is within a mean KL of {max_kl:g} of what was trained: ship the adapter with its base, or, if it"
+            f" must be one model, {nearest.name}{_how(nearest, shipped, flags)}, which is nearest at"
+            f" {nearest.mean_kl:.2g}."
         )
     smallest = min(near, key=lambda each: (each.bytes or 0, each.mean_kl))
     same_size = [each for each in near if each.bytes is not None and each.bytes <= 1.01 * (smallest.bytes or 0)]
     best = best_of(same_size, made_text)
-    perplexity = (
-        "" if made_text else f", perplexity {best.perplexity:.3f} where {figures[0].perplexity:.3f} was trained"
+    told = (
+        "" if made_text else f", perplexity {best.perplexity:.3f} where what was trained has {trained.perplexity:.3f}"
     )
     return (
-        f"Ship {best.name}: the smallest that stays within a mean KL of {max_kl:g} of what was trained, at"
-        f" {best.mean_kl:.3g}{perplexity}, the same greedy token in {best.agreement:.1%} of places."
+        f"Ship {best.name}{_how(best, shipped, flags)}: the smallest that stays within a mean KL of {max_kl:g} of what"
+        f" was trained, at {best.mean_kl:.2g}{told}, and the same greedy token in {best.agreement:.2%} of places."
     )
+
+
+def _how(best: Figures, shipped: str, flags: Mapping[str, str] | None) -> str:
+    return "" if best.name == shipped or not flags else f" ({flags[best.name]})"
 
 
 def best_of(figures: Sequence[Figures], made_text: bool) -> Figures:

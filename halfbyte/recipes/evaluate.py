@@ -19,8 +19,9 @@ from halfbyte.config import EvaluateConfig
 from halfbyte.data import Row, encode_prompt, encode_rows, read_sources
 from halfbyte.huggingface import load_model, prepare_tokenizer
 from halfbyte.huggingface.generate import generate_texts
-from halfbyte.huggingface.peft import load_adapter, read_adapter_config
+from halfbyte.huggingface.peft import read_adapter_config
 from halfbyte.recipes.data_sources import training_sources
+from halfbyte.recipes.fitting import check_tokenizer, put_on
 from halfbyte.recipes.training import evaluate_loss, evaluation_batches
 
 
@@ -51,11 +52,12 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Evaluati
     """Measure a model, with an adapter or without, on the rows of a file.
 
     Raises:
-        HalfbyteError: whatever the readers, `load_model` and `load_adapter` refuse.
+        HalfbyteError: whatever the readers, `load_model` and `load_adapter` refuse; an adapter of another tokenizer.
     """
     console = console or Console(stderr=True)
     if config.adapter is not None:
         read_adapter_config(config.adapter)
+        check_tokenizer(config.adapter, config.model_name_or_path)
     if config.output is not None:
         check_writable(Path(config.output), "output")
     tokenizer = prepare_tokenizer(config.model_name_or_path, config.adapter, config.chat_template, config.system_prompt)
@@ -69,7 +71,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Evaluati
         getattr(torch, config.compute_dtype),
     )
     if config.adapter is not None:
-        model = load_adapter(model, config.adapter)
+        model = put_on(model, config.adapter, config.model_name_or_path, console)
     started = time.perf_counter()
     batches = evaluation_batches(examples, config.per_device_eval_batch_size, tokenizer.pad_token_id)
     loss, supervised_tokens = evaluate_loss(model, batches, model.device)

@@ -1,7 +1,7 @@
 """A model as one .gguf file for llama.cpp, and the Modelfile with which Ollama takes it."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,17 +48,14 @@ class GgufExport:
     notes: list[str]  # what there is to be said is added
 
 
-def write_gguf(
-    export: GgufExport, path: Path, record: dict[str, Any], check: Callable[[MergedWeights], None]
-) -> MergedWeights:
+def write_gguf(export: GgufExport, path: Path, record: dict[str, Any]) -> MergedWeights:
     """Merge into a .gguf file, which has its name when all of it is there.
 
     Args:
         record: where the weights are from; goes into the file.
-        check: called with what was merged, before the file has its name.
 
     Raises:
-        HalfbyteError: a model or a tokenizer that GGUF has no words for; whatever `merge_weights` and `check` refuse.
+        HalfbyteError: a model or a tokenizer that GGUF has no words for; whatever `merge_weights` refuses.
     """
     base = export.base
     reader = None if base.source.gguf_file is None else GGUFReader(base.source.gguf_file)
@@ -73,9 +70,7 @@ def write_gguf(
     names |= {name: name for name in layout.names if name not in base.file_names}
     with file_written_aside(path) as aside:
         file = GgufModel(GgufFile(aside, writer, tensors), layout, names)
-        weights = merge_weights(base, export.changes, file, export.settings)
-        check(weights)
-    return weights
+        return merge_weights(base, export.changes, file, export.settings)
 
 
 def _layout(export: GgufExport, reader: GGUFReader | None) -> GgufLayout:

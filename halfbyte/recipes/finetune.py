@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from halfbyte.recipes.planning import (
     lora_config,
     plan_run,
 )
-from halfbyte.recipes.provenance import peak_resident_bytes, write_run_file
+from halfbyte.recipes.provenance import adapter_record, make_record, peak_resident_bytes, write_run_file
 from halfbyte.recipes.tokenizing import read_data
 from halfbyte.recipes.training import PassOutOfMemoryError, evaluate_loss, evaluation_batches, train_step
 from halfbyte.report.masked import masked_text
@@ -221,6 +222,11 @@ class Run:
         self.base_sha256 = weights_sha256(self.model)
         self.data_sha256 = fingerprint(self.train)
 
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What the run is made from."""
+        return make_record(self.config, self.model, self.base_sha256, self.tokenizer)
+
     def execute(self) -> RunResult:
         """Train, from the start or from a checkpoint, and save.
 
@@ -242,7 +248,7 @@ class Run:
 
     def _execute(self) -> RunResult:
         last = self._begin()
-        write_run_file(self.directory, self.config, self.base_sha256, self.memory.to_dict(), None, self.tokenizer)
+        write_run_file(self.directory, self.config, self.record, self.memory.to_dict(), None)
         self.tokenizer.save_pretrained(self.directory)
         metrics = Metrics(self.directory, self.config.report_to, self.config.to_dict())
         started = time.perf_counter()
@@ -251,7 +257,7 @@ class Run:
         finally:
             metrics.close()
         seconds = time.perf_counter() - started
-        save_adapter(self.model, self.directory)
+        save_adapter(self.model, self.directory, adapter_record(self.record))
         if weights_sha256(self.model) != self.base_sha256:
             raise RuntimeError("the frozen weights have changed during training")
         result = RunResult(
@@ -267,9 +273,7 @@ class Run:
             interrupted=last["step"] < self.total_steps,
             planned_bytes=self._planned_bytes(),
         )
-        write_run_file(
-            self.directory, self.config, self.base_sha256, self.memory.to_dict(), vars(result), self.tokenizer
-        )
+        write_run_file(self.directory, self.config, self.record, self.memory.to_dict(), vars(result))
         return result
 
     def _planned_bytes(self) -> int | None:
@@ -348,6 +352,7 @@ class Run:
                         self.optimizer,
                         {**self._state(), "loss": last["loss"], "eval_loss": last["eval_loss"]},
                         config.save_total_limit,
+                        adapter_record(self.record),
                     )
                 if interrupt:
                     display.say(f"interrupted; go on from {checkpoint} with --resume_from_checkpoint true")

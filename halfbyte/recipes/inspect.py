@@ -20,7 +20,7 @@ from halfbyte.huggingface.peft import read_adapter_config
 from halfbyte.huggingface.safetensors_files import safetensors_files
 from halfbyte.huggingface.source import reason
 from halfbyte.quant import QUANT_STATE_PREFIX
-from halfbyte.recipes.merge import MERGE_FILE
+from halfbyte.recipes.merge_job import MERGE_FILE
 from halfbyte.recipes.provenance import read_origin
 
 _SHORT = 12  # digits of a SHA-256 that a person compares
@@ -80,22 +80,26 @@ def _adapter(directory: Path) -> Description:
     if config.trainable_token_indices:
         holds.append("It also holds trained tokens of the embedding.")
     origin = read_origin(directory)
-    run = origin.run or {}
+    record, result = origin.record or {}, origin.result
     base = origin.base_name or config.base_model_name_or_path
     from_ = []
-    if run:
-        from_.append(_said_by(run, "Trained"))
-        from_ += [f"On {_data(name, said)}." for name, said in (run.get("data") or {}).items()]
-        if run.get("result"):
-            result = run["result"]
-            from_.append(f"{result['steps']} of {result['total_steps']} steps; the last loss was {result['loss']:.4f}.")
+    if record:
+        from_.append(_said_by(record, "Trained"))
+        from_ += [f"On {_data(name, said)}." for name, said in (record.get("data") or {}).items()]
+    if result:
+        from_.append(f"{result['steps']} of {result['total_steps']} steps; the last loss was {result['loss']:.4f}.")
     fits = []
     if base:
         fits.append(f"It was trained on {base}{_in_4_bits(origin.quantization)}.")
     if origin.base_sha256:
-        fits.append(f"It fits weights whose SHA-256 in 4 bits is {origin.base_sha256[:_SHORT]}…; a merge checks it.")
+        fits.append(
+            f"It fits weights whose SHA-256 in 4 bits is {origin.base_sha256[:_SHORT]}…; where they are others,"
+            " generate, evaluate and merge say so."
+        )
     else:
-        fits.append("It does not say of what weights; a merge checks names and shapes, and not that they are the same.")
+        fits.append(
+            "It does not say of what weights: that names and shapes fit is checked, and not that they are the same."
+        )
     is_checkpoint = (directory / "state.json").is_file()
     if is_checkpoint:
         holds.append("A run can be resumed from it: the optimizer's state is there.")
@@ -108,7 +112,8 @@ def _adapter(directory: Path) -> Description:
         "base_sha256": origin.base_sha256,
         "quantization": origin.quantization,
         "tokenizer": origin.tokenizer,
-        "versions": run.get("versions"),
+        "data": record.get("data"),
+        "versions": record.get("versions"),
     }
     return Description(str(directory), "checkpoint" if is_checkpoint else "adapter", holds, from_, fits, facts)
 
@@ -149,7 +154,8 @@ def _model(directory: Path) -> Description:
     record = _json(merged)
     from_ = [_said_by(record, "Merged")]
     base = record.get("base_model") or {}
-    known = "the base of the training" if base.get("verified") else "which is not known to be the base of the training"
+    told: dict[Any, str] = {True: "the base of the training", False: "which is not the base of the training"}
+    known = told.get(base.get("verified"), "which is not known to be the base of the training")
     from_.append(f"From {base.get('name_or_path')}, {known}, its {record.get('onto')} weights.")
     from_ += [
         f"With the adapter {adapter['path']} (SHA-256 {adapter['sha256'][:_SHORT]}…), times {adapter['weight']:g}."
@@ -225,10 +231,14 @@ def _said_by(record: dict[str, Any], beginning: str) -> str:
 
 
 def _data(name: str, said: Any) -> str:
-    """The sets that rows came from; runs of before there could be several say one, with one SHA-256."""
+    """The sets that rows came from; runs of before there could be several say one, with one SHA-256.
+
+    A run has the SHA-256 of each file, and an adapter by itself has them without names.
+    """
     told = []
     for data in said if isinstance(said, list) else [said]:
-        sums = data["sha256"].values() if isinstance(data["sha256"], dict) else [data["sha256"]]
+        sums = data["sha256"]
+        sums = list(sums.values()) if isinstance(sums, dict) else sums if isinstance(sums, list) else [sums]
         short = ", ".join(f"{sha256[:_SHORT]}…" for sha256 in sums)
         told.append(f"{data['path']} (SHA-256 {short})" if short else str(data["path"]))
     what = "the rows of" if name == "dataset" else "held-out rows of"

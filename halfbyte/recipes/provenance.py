@@ -10,43 +10,80 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from halfbyte.checkpoint.adapter import QUANTIZATION_KEYS, is_record, read_record
 from halfbyte.checkpoint.files import write_json
 from halfbyte.checkpoint.fingerprint import file_sha256
 from halfbyte.checkpoint.output import RUN_FILE
 from halfbyte.config import FinetuneConfig
 from halfbyte.data import Source, is_local, source_files
+from halfbyte.nn import Linear4bit
 from halfbyte.ops import active_implementation
 from halfbyte.recipes.data_sources import held_out_sources, training_sources
 
 _PACKAGES = ("halfbyte", "torch", "transformers", "peft", "safetensors", "tokenizers")
 
 
+def make_record(
+    config: FinetuneConfig, model: nn.Module, base_sha256: str, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What a run is made from, by fingerprints: base, quantization, tokenizer and template, data; and the versions.
+
+    Args:
+        model: in 4 bits, as it is trained on.
+    """
+    said = {"dataset": training_sources(config), "eval_dataset": held_out_sources(config)}
+    return {
+        "versions": versions(),
+        "base_model": {"name_or_path": config.model_name_or_path, "weights_sha256": base_sha256},
+        "quantization": quantization_of(model),
+        "tokenizer": tokenizer_fingerprints(tokenizer),
+        "data": {name: [_told(source) for source in sources] for name, sources in said.items() if sources},
+    }
+
+
+def adapter_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The same for the adapter's own file, which goes to other people: no paths of this machine's data."""
+
+    def told(data: dict[str, Any]) -> dict[str, Any]:
+        sums = list(data["sha256"].values())
+        return {**data, "path": Path(data["path"]).name if sums else data["path"], "sha256": sums}
+
+    data = {name: [told(each) for each in sources] for name, sources in record["data"].items()}
+    return {**record, "data": data}
+
+
 def write_run_file(
     directory: Path,
     config: FinetuneConfig,
-    base_sha256: str,
+    record: dict[str, Any],
     recomputation: dict[str, Any],
     result: dict[str, Any] | None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Write `run.json`; `result` is there once the run is done."""
-    said = {"dataset": training_sources(config), "eval_dataset": held_out_sources(config)}
-    data = {name: [_told(source) for source in sources] for name, sources in said.items() if sources}
     write_json(
         directory / RUN_FILE,
         {
-            "versions": versions(),
+            **record,
             "machine": {"processor": platform.machine(), "kernels": active_implementation()},
-            "base_model": {"name_or_path": config.model_name_or_path, "weights_sha256": base_sha256},
-            "tokenizer": None if tokenizer is None else tokenizer_fingerprints(tokenizer),
-            "data": data,
             "config": config.to_dict(),
             "recomputation": recomputation,
             "result": result,
         },
     )
+
+
+def quantization_of(model: nn.Module) -> dict[str, Any]:
+    """How a model's layers are in 4 bits, in the configuration's words; a checkpoint's own, whatever was asked for."""
+    layer = next((module for module in model.modules() if isinstance(module, Linear4bit)), None)
+    if layer is None:
+        dtype = next(parameter.dtype for parameter in model.parameters())
+        values: tuple[Any, ...] = ("none", 64, True, dtype)
+    else:
+        values = layer.quant_type, layer.block_size, layer.double_quant, layer.compute_dtype
+    return dict(zip(QUANTIZATION_KEYS, (*values[:3], str(values[3]).removeprefix("torch.")), strict=True))
 
 
 def _told(source: Source) -> dict[str, Any]:
@@ -77,33 +114,46 @@ def tokenizer_fingerprints(tokenizer: PreTrainedTokenizerBase) -> dict[str, str 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a saved adapter's run says of where it came from; empty for an adapter of another program's."""
+    """Where a saved adapter came from, as far as it says; empty for an adapter of another program's."""
 
     base_name: str | None = None
     base_sha256: str | None = None
     quantization: dict[str, Any] | None = None  # quant_type, block_size, double_quant, compute_dtype
     tokenizer: dict[str, str | None] | None = None
-    run: dict[str, Any] | None = None  # all of run.json
+    record: dict[str, Any] | None = None  # what `make_record` made; without paths where the adapter alone tells it
+    result: dict[str, Any] | None = None  # of the run
 
 
 def read_origin(adapter: Path) -> Origin:
-    """From the `run.json` beside an adapter, or above it where it is a checkpoint's; what is not there is None."""
+    """From an adapter's own file, which says it wherever it is copied to, and the `run.json` beside it or above it."""
+    own, run = read_record(adapter), _read_run(adapter)
+    record = own or run
+    if record is None:
+        return Origin()
+    base = record["base_model"]
+    is_same = run is not None and run["base_model"] == base
+    return Origin(
+        base_name=base["name_or_path"],
+        base_sha256=base["weights_sha256"],
+        quantization={key: record["quantization"][key] for key in QUANTIZATION_KEYS},
+        tokenizer=record.get("tokenizer"),
+        record=run if is_same else record,
+        result=run.get("result") if run is not None and is_same else None,
+    )
+
+
+def _read_run(adapter: Path) -> dict[str, Any] | None:
+    """The `run.json` of an adapter; of a checkpoint's, the one above it."""
     for directory in (adapter, adapter.parent if adapter.name.startswith("checkpoint-") else adapter):
         try:
             run = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
-            config, base = run["config"], run["base_model"]
-            return Origin(
-                base_name=base["name_or_path"],
-                base_sha256=base["weights_sha256"],
-                quantization={
-                    key: config[key] for key in ("quant_type", "block_size", "double_quant", "compute_dtype")
-                },
-                tokenizer=run.get("tokenizer"),
-                run=run,
-            )
+            # Runs of before quantization was told had it in their configuration alone.
+            run.setdefault("quantization", {key: run["config"][key] for key in QUANTIZATION_KEYS})
+            if is_record(run):
+                return dict(run)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-    return Origin()
+    return None
 
 
 def peak_resident_bytes() -> int:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from gguf_models import llama_cpp, save_family
 from rich.console import Console
 
 import halfbyte
 from adapters import random_adapter
-from gguf_models import llama_cpp, save_family
 from halfbyte import HalfbyteError
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -303,7 +303,7 @@ def test_an_audit_measures_the_file(tmp_path: Path) -> None:
         tmp_path / "model", tmp_path / "out.gguf", adapter, dtype="q8_0", audit=True, limit=2, max_length=64
     )
     assert result.audit is not None
-    written = result.audit.of("q8_0 in GGUF, onto the quantized base")
+    written = result.audit.of("q8_0 GGUF, quantized base")
     assert result.audit.shipped == written.name
     assert 0 < written.mean_kl < 0.05
     assert (tmp_path / "out.gguf").is_file()

@@ -273,8 +273,7 @@ def test_plain_transformers_in_a_process_of_its_own(base: Path, tmp_path: Path) 
     ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     found = load_file(tmp_path / "logits.safetensors")["logits"].float()
-    ours, _ = load_model(str(tmp_path / "out"), "none", fast=False)
+    audited, _ = load_model(str(tmp_path / "out"), "none")  # as an audit loads it
     with torch.no_grad():
-        expected, same = adapted(IDS).logits.float(), ours(IDS).logits.float()
-    assert torch.equal(found, same)
-    assert (found - expected).norm() < 0.02 * expected.norm()  # a rounding to bf16 for every layer
+        for expected in (adapted(IDS).logits.float(), audited(IDS).logits.float()):
+            assert (found - expected).norm() < 0.02 * expected.norm()  # a rounding to bf16 for every layer

@@ -449,12 +449,11 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
         MERGE + " --adapter adapter,adapter --weights 1,2,3",
         ["weights", "3", "2"],
     ),
-    "merge: an audit of two adapters": (
+    "merge: onto codes of a base in 16 bits": (
         adapter(),
-        MERGE + " --adapter adapter,adapter --audit",
-        ["--audit", "one plain LoRA adapter"],
+        MERGE + " --base quantized --quant_type none",
+        ["quant_type", "original"],
     ),
-    "merge: onto codes of a base in 16 bits": (adapter(), MERGE + " --quant_type none", ["quant_type", "original"]),
     "merge: another tokenizer": (
         both(adapter(), other_tokenizer),
         MERGE,

@@ -250,6 +250,26 @@ def test_two_adapters_merge_and_unmerge(adapted: PeftModel) -> None:
     assert weights_sha256(adapted) == base
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+@pytest.mark.parametrize("at_once", [True, False])
+def test_two_adapters_are_quantized_once(model: PreTrainedModel, at_once: bool) -> None:
+    adapted = add_lora(model, settings())
+    adapted.add_adapter("second", settings())
+    layer = adapted.base_model.model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        for name in ("default", "second"):
+            layer.lora_B[name].weight.normal_(std=0.3)
+    before = layer.get_base_layer().quantized
+    codes = before.packed.clone()
+    deltas = [layer.get_delta_weight(name).detach().float() for name in ("default", "second")]
+    wanted = quantize_4bit((before.dequantize(torch.float32) + deltas[0] + deltas[1]).to(before.dtype))
+    for names in [["default", "second"]] if at_once else [["default"], ["second"]]:
+        layer.merge(adapter_names=names)
+    assert torch.equal(layer.get_base_layer().quantized.packed, wanted.packed)
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().quantized.packed, codes)
+
+
 def test_merge_and_unload_gives_a_4_bit_model(adapted: PeftModel, tmp_path: Path) -> None:
     with_adapter = logits(adapted)
     merged = adapted.merge_and_unload()
