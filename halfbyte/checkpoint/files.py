@@ -49,6 +49,20 @@ def directory_written_aside(directory: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def file_written_aside(path: Path) -> Iterator[Path]:
+    """The name of a file to be written, which gets its own name when the block ends well, and is gone when not."""
+    aside = path.with_name(path.name + WRITING)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield aside
+        _sync(aside)
+        aside.rename(path)
+        _sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

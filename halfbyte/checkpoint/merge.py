@@ -11,9 +11,10 @@ not the one of the training is known when the last tensor has been read, and bef
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class Settings:
     """How to merge."""
 
     onto: Onto
-    dtype: torch.dtype = torch.bfloat16  # of what is not in 4 bits
+    dtype: torch.dtype | None = torch.bfloat16  # of what is not in 4 bits; None: as it comes, float32 where it changed
     layout: FourBitLayout | None = None  # of the output; None is 16 bits
     combination: str = "linear"
     density: float = 0.5
@@ -54,17 +55,35 @@ class MergedWeights:
     untied: bool  # the output layer and the embedding are no longer one
 
 
+class TensorWriter(Protocol):
+    """Where merged tensors go, one after another."""
+
+    @property
+    def total_bytes(self) -> int: ...
+
+    @property
+    def tensors(self) -> int: ...
+
+    @property
+    def files(self) -> int: ...
+
+    def add(self, name: str, tensor: Tensor) -> None: ...
+
+
 def merge_weights(
-    base: BaseWeights, changes: Mapping[str, Sequence[Change]], directory: Path, settings: Settings
+    base: BaseWeights,
+    changes: Mapping[str, Sequence[Change]],
+    output: Path | AbstractContextManager[TensorWriter],
+    settings: Settings,
 ) -> MergedWeights:
-    """Write the merged tensors into a directory, which is there.
+    """Write the merged tensors into a directory, which is there, as safetensors, or to another writer.
 
     Raises:
         HalfbyteError: a tensor of the base or of an adapter cannot be read, or what comes out of it is not finite; an
             adapter changes what the base's files have under no name of its own.
     """
     _check_changes(base, changes)
-    return _Merge(base, changes, settings).write(directory)
+    return _Merge(base, changes, settings).write(output)
 
 
 class _Merge:
@@ -73,16 +92,12 @@ class _Merge:
     def __init__(self, base: BaseWeights, changes: Mapping[str, Sequence[Change]], settings: Settings) -> None:
         self.base, self.changes, self.settings = base, changes, settings
         self.parameters = dict(base.model.named_parameters(remove_duplicate=False))
-        self.untied = {name for name in base.tied if any(_separates(change) for change in changes.get(name, ()))}
-        self.untied |= {other for name in self.untied for other in base.tied[name]}
+        self.untied = untied_names(base, changes)
         self.digest = hashlib.sha256() if settings.fingerprint and not base.unnamed else None
         self.written: set[str] = set()
 
-    def write(self, directory: Path) -> MergedWeights:
-        names = [*self.base.file_names.values(), *self.base.unnamed, *self.untied]
-        keys = len(names) * (1 if self.settings.layout is None else _KEYS_A_WEIGHT)
-        longest = max(map(len, names), default=0) + 32  # of a constant's suffix
-        with ShardWriter(directory, self.settings.shard_bytes, keys, longest) as writer:
+    def write(self, output: Path | AbstractContextManager[TensorWriter]) -> MergedWeights:
+        with self._shards(output) if isinstance(output, Path) else output as writer:
             for _, own in self.base.modules_in_order():
                 self._write_module(writer, own)
             rest = [name for name in self.base.file_names.values() if name not in self.written]
@@ -97,7 +112,13 @@ class _Merge:
             untied=bool(self.untied),
         )
 
-    def _write_module(self, writer: ShardWriter, own: list[str]) -> None:
+    def _shards(self, directory: Path) -> ShardWriter:
+        names = [*self.base.file_names.values(), *self.base.unnamed, *self.untied]
+        keys = len(names) * (1 if self.settings.layout is None else _KEYS_A_WEIGHT)
+        longest = max(map(len, names), default=0) + 32  # of a constant's suffix
+        return ShardWriter(directory, self.settings.shard_bytes, keys, longest)
+
+    def _write_module(self, writer: TensorWriter, own: list[str]) -> None:
         constants: list[Tensor] = []  # a fingerprint has those of a module after its parameters
         for name in own:
             if self.base.file_name(name) is None:
@@ -121,7 +142,7 @@ class _Merge:
 
     def _write_parameter(
         self,
-        writer: ShardWriter,
+        writer: TensorWriter,
         name: str,
         file_name: str,
         quantized: QuantizedTensor | None,
@@ -158,12 +179,12 @@ class _Merge:
                 codes = quantize_4bit(rows, wanted.quant_type, wanted.block_size, wanted.double_quant)
             except HalfbyteError as error:
                 raise HalfbyteError(f"{self.base.source.path}: {name}: {error}") from error
-            _add_quantized(writer, file_name, replace(codes, dtype=settings.dtype))
+            _add_quantized(writer, file_name, replace(codes, dtype=settings.dtype or torch.bfloat16))
         else:
             usual = self.parameters[name].dtype == self.base.model.dtype  # some stay in float32, whatever is asked for
-            writer.add(file_name, weight.to(settings.dtype) if usual else weight)
+            writer.add(file_name, weight.to(settings.dtype) if usual and settings.dtype is not None else weight)
 
-    def _write_as_it_is(self, writer: ShardWriter, file_name: str) -> None:
+    def _write_as_it_is(self, writer: TensorWriter, file_name: str) -> None:
         """A buffer, or a part of what the model fuses."""
         if self.base.is_4bit(file_name):
             raise HalfbyteError(
@@ -171,7 +192,7 @@ class _Merge:
                 " name the 16-bit original of the model."
             )
         tensor = self.base.read(file_name)
-        if tensor.is_floating_point() and tensor.ndim > 1:
+        if tensor.is_floating_point() and tensor.ndim > 1 and self.settings.dtype is not None:
             tensor = tensor.to(self.settings.dtype)
         writer.add(file_name, tensor)
 
@@ -216,6 +237,12 @@ def _check_changes(base: BaseWeights, changes: Mapping[str, Sequence[Change]]) -
             )
 
 
+def untied_names(base: BaseWeights, changes: Mapping[str, Sequence[Change]]) -> set[str]:
+    """Names of parameters that were one tensor in the base and are no longer, since adapters change one of them."""
+    untied = {name for name in base.tied if any(_separates(change) for change in changes.get(name, ()))}
+    return untied | {other for name in untied for other in base.tied[name]}
+
+
 def _is_dora(change: Change) -> bool:
     return change.low_rank is not None and change.low_rank.magnitude is not None
 
@@ -227,7 +254,7 @@ def _separates(change: Change) -> bool:
     return change.low_rank is not None or change.saved is not None
 
 
-def _add_quantized(writer: ShardWriter, file_name: str, quantized: QuantizedTensor) -> None:
+def _add_quantized(writer: TensorWriter, file_name: str, quantized: QuantizedTensor) -> None:
     writer.add(file_name, quantized.packed)
     for suffix, tensor in to_keys(quantized).items():
         writer.add(f"{file_name}.{suffix}", tensor)

@@ -15,6 +15,7 @@ from halfbyte.report.terminal import printable
 
 if TYPE_CHECKING:
     from halfbyte.recipes.audit import AuditResult
+    from halfbyte.recipes.merge import MergeResult
 
 
 @config_command(MergeConfig, positional="model_name_or_path")
@@ -23,6 +24,7 @@ def command(config: MergeConfig, as_json: bool) -> None:
     """Write a model with adapters in its weights, which any program opens that opens the model.
 
     Weights are read, changed and written one at a time, and the output has its name when all of it is there. With
+    --format gguf it is one file for llama.cpp, with a Modelfile for Ollama beside it. With
     --audit every way to merge is measured against the adapter on its 4-bit base, and the exit code is 1 where what was
     written is further from it than --max_kl.
     """
@@ -36,21 +38,31 @@ def command(config: MergeConfig, as_json: bool) -> None:
         if result.audit is not None:
             _show_audit(result.audit, console)
         files = "1 file" if result.files == 1 else f"{result.files} files"
-        known = {
-            True: "the base of the training",
-            False: "another base than the training's",
-            None: "a base that is not known to be the training's",
-        }
-        base = known[result.verified]
         console.print(
             f"written: {printable(result.output)}, {result.bytes / 2**20:,.1f} MiB in {files}\n"
-            f"         {result.dtype}, {result.changed} tensors changed, onto the {result.onto} weights of {base}\n"
+            f"         {result.dtype}, {_what(config, result)}\n"
             f"         {result.seconds:.1f} s, at most {result.peak_bytes / 2**30:.2f} GiB of memory",
             soft_wrap=True,
             markup=False,
         )
+        if result.modelfile is not None:
+            console.print(f"         {printable(result.modelfile)} for Ollama", soft_wrap=True, markup=False)
     if result.audit is not None and not result.audit.passed:
         raise click.exceptions.Exit(EXIT_FAILED)
+
+
+def _what(config: MergeConfig, result: "MergeResult") -> str:
+    if config.adapter_only:
+        return f"the adapter alone: it changes {result.changed} tensors of its base"
+    if not config.adapter:
+        return f"the {result.onto} weights, nothing merged into them"
+    known = {
+        True: "the base of the training",
+        False: "another base than the training's",
+        None: "a base that is not known to be the training's",
+    }
+    base = known[result.verified]
+    return f"{result.changed} tensors changed, onto the {result.onto} weights of {base}"
 
 
 def _show_audit(audit: "AuditResult", console: Console) -> None:

@@ -239,16 +239,22 @@ class CheckpointKeys(Config):
 class MergeKeys(Config):
     """Merge"""
 
-    adapter: PathList = Field(description="The directory of the LoRA adapter, or of each of several.")
-    output: PathText = Field(description="A new directory for the merged model; one that exists is not overwritten.")
+    adapter: PathList | None = Field(
+        None, description="The directory of the LoRA adapter, or of each of several; GGUF needs none."
+    )
+    output: PathText = Field(description="A new directory, or .gguf file; one that exists is not overwritten.")
+    format: Literal["safetensors", "gguf"] = Field(
+        "safetensors", description="A directory as transformers has it, or one file for llama.cpp and Ollama."
+    )
     base: Literal["original", "quantized", "auto"] | None = Field(
         None,
         description="Onto the 16-bit files, or the 4-bit weights of the training; auto takes the better. By default"
-        " quantized, and original for a merge into 4 bits.",
+        " quantized, and original for a merge into 4 bits and where there is no adapter.",
     )
-    dtype: Literal["bfloat16", "float16", "float32", "nf4", "fp4", "int4"] = Field(
-        "bfloat16", description="What the merged weights are in: 16 bits, 32, or 4."
+    dtype: Literal["bfloat16", "float16", "float32", "nf4", "fp4", "int4", "q8_0", "q4_0"] = Field(
+        "bfloat16", description="What the merged weights are in: 16 bits, 32, or 4; q8_0 and q4_0 are GGUF's."
     )
+    adapter_only: bool = Field(False, description="Write the adapter alone, as llama.cpp loads it beside its base.")
     max_shard_size: MemorySize = Field("5GB", description="Largest file of weights; more of them are shards.")
 
 
@@ -334,6 +340,11 @@ class QuantizeConfig(ModelKeys, QuantizationKeys, CheckpointKeys):
 class MergeConfig(ModelKeys, MergeKeys, CombinationKeys, TrainedQuantizationKeys, AuditKeys):
     """What `halfbyte merge` reads."""
 
+    @model_validator(mode="after")
+    def _keys_agree(self) -> "MergeConfig":
+        _check_merge_keys(self)
+        return self
+
 
 def _check_training_keys(config: "FinetuneConfig | PlanConfig | DataConfig") -> None:
     """Raises what pydantic turns into its own error where two keys contradict each other."""
@@ -384,6 +395,38 @@ def _check_training_keys(config: "FinetuneConfig | PlanConfig | DataConfig") -> 
             "leave one of them out",
         ),
     ]
+    _check(relations)
+
+
+def _check_merge_keys(config: "MergeConfig") -> None:
+    is_gguf, named_gguf = config.format == "gguf", config.output.endswith(".gguf")
+    blocks, codes = config.dtype in ("q8_0", "q4_0"), config.dtype in ("nf4", "fp4", "int4")
+    relations = [
+        ("format", is_gguf or not named_gguf, f"{config.output} is the name of a GGUF file: add --format gguf"),
+        ("output", named_gguf or not is_gguf, f"GGUF is a file: give {config.output} a name that ends in .gguf"),
+        ("dtype", is_gguf or not blocks, f"dtype {config.dtype} is GGUF's: add --format gguf, or take another"),
+        (
+            "dtype",
+            not (is_gguf and codes),
+            f"GGUF has no {config.dtype}: take bfloat16, float16, float32, q8_0 or q4_0",
+        ),
+        ("adapter", is_gguf or bool(config.adapter), "there is no adapter to merge: name its directory with --adapter"),
+        ("adapter_only", is_gguf or not config.adapter_only, "adapter_only is GGUF's: add --format gguf"),
+        (
+            "adapter_only",
+            not config.adapter_only or len(config.adapter or []) == 1,
+            "adapter_only writes one adapter: name one with --adapter",
+        ),
+        (
+            "audit",
+            bool(config.adapter and not config.adapter_only) or not (config.audit or config.base == "auto"),
+            "audit and base auto measure a merge, and nothing is merged here: leave them out",
+        ),
+    ]
+    _check(relations)
+
+
+def _check(relations: list[tuple[str, bool, str]]) -> None:
     for key, holds, sentence in relations:
         if not holds:
             raise PydanticCustomError("keys_disagree", "{sentence}", {"key": key, "sentence": sentence})

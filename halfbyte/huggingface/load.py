@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.gguf import read_gguf_tensors
+from halfbyte.huggingface.gguf_tokenizer import read_as_llama_cpp
 from halfbyte.huggingface.lent import Lender
 from halfbyte.huggingface.mapped import MappedFile, freeze_mapped, map_safetensors
 from halfbyte.huggingface.patch import accelerate_model
@@ -126,7 +127,10 @@ def load_tokenizer(source: Source | str) -> PreTrainedTokenizerBase:
     read_config(source)  # transformers looks there too, and would blame the tokenizer for what is wrong in it
     kwargs = {"gguf_file": source.gguf_file.name} if source.gguf_file else {}
     try:
-        return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **kwargs)
+        if source.gguf_file:
+            read_as_llama_cpp(tokenizer, source.gguf_file)
+        return tokenizer
     except Exception as error:  # whatever transformers and tokenizers raise on files that they cannot read
         raise HalfbyteError(f"{source.path} holds no tokenizer that can be read ({reason(error)}).") from error
 

@@ -33,13 +33,13 @@ def merge_measured(
     config = job.config
     rows = config.dataset, config.dataset_format, config.max_length, config.limit
     examples, made = audit_examples(job.tokenizer, *rows)
-    candidates = [Variant(onto, config.dtype) for onto in bases]
+    candidates = [job.wanted(onto) for onto in bases]
     variants = list(dict.fromkeys([*candidates, *(_audited(job) if config.audit else [])]))
     reference = None if _is_plain(job) else Variant(job.bases[0], "float32")
     everything = list(dict.fromkeys([*variants, *([] if reference is None else [reference])]))
     job.check_room(output, everything)
     with _workplace(output) as work:
-        places = {variant: work / f"{index}" for index, variant in enumerate(everything)}
+        places = {v: work / (f"{index}.gguf" if v.gguf else f"{index}") for index, v in enumerate(everything)}
         written = {}
         for variant, place in places.items():
             console.print(f"merging: {variant.name}", highlight=False)
@@ -54,8 +54,9 @@ def merge_measured(
         verdict = give_verdict(figures, best.name, config.max_kl, made, flags)
         tokens = sum(example.supervised_tokens for example in examples)
         audit = AuditResult(len(examples), tokens, made, figures, best.name, config.max_kl, verdict)
-        record = places[best] / MERGE_FILE
-        write_json(record, {**json.loads(record.read_text(encoding="utf-8")), "audit": audit.to_dict()})
+        if not best.gguf:
+            record = places[best] / MERGE_FILE
+            write_json(record, {**json.loads(record.read_text(encoding="utf-8")), "audit": audit.to_dict()})
         places[best].rename(output)
     return best.onto, written[best], audit
 
@@ -109,7 +110,8 @@ def _load_trained(job: MergeJob) -> nn.Module:
 
 
 def _loader(directory: Path, variant: Variant) -> Callable[[], nn.Module]:
-    dtype = torch.float32 if variant.dtype in ("float16", "float32") else torch.bfloat16
+    exact = variant.gguf or variant.dtype in ("float16", "float32")
+    dtype = torch.float32 if exact and variant.dtype != "bfloat16" else torch.bfloat16
 
     def load() -> nn.Module:
         merged: nn.Module = load_model(str(directory), "none", compute_dtype=dtype)[0]

@@ -21,11 +21,13 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import QuantizationConfig, load_tokenizer
 from halfbyte.huggingface.adapter_changes import AdapterFile, Change, find_changes
 from halfbyte.huggingface.base_weights import BaseWeights, FourBitLayout, four_bit_layout, open_base
+from halfbyte.recipes.export import GgufExport, write_gguf, write_lora
 from halfbyte.recipes.fitting import base_differences, check_tokenizer
 from halfbyte.recipes.provenance import Origin, read_origin, tokenizer_fingerprints, versions
 
 MERGE_FILE = "merge.json"
 _BESIDE_BYTES = 64e6  # of tokenizer, configuration and headers
+_BLOCK_BYTES = {"q8_0": 34 / 32, "q4_0": 18 / 32}  # of a weight
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,20 @@ class Variant:
     """A way to merge."""
 
     onto: Onto
-    dtype: str  # a torch dtype's name, or a 4-bit type
+    dtype: str  # a torch dtype's name, a 4-bit type, or a kind of GGUF's
+    gguf: bool = False
 
     @property
     def in_4_bits(self) -> bool:
-        return not hasattr(torch, self.dtype)
+        return not self.gguf and not hasattr(torch, self.dtype)
 
     @property
     def name(self) -> str:
-        return f"{self.dtype}, {self.onto} base"
+        return f"{self.dtype}{' GGUF' if self.gguf else ''}, {self.onto} base"
 
     @property
     def flags(self) -> str:
-        return f"--dtype {self.dtype} --base {self.onto}"
+        return f"{'--format gguf ' if self.gguf else ''}--dtype {self.dtype} --base {self.onto}"
 
 
 @dataclass(frozen=True)
@@ -69,35 +72,52 @@ class MergeJob:
         there: list[Onto] = [] if self.quantization is None else ["quantized"]
         return there if self.base.is_quantized else [*there, "original"]
 
-    def write(self, variant: Variant, directory: Path) -> MergedWeights:
-        """Merge into a directory, which has its name when all of it is there.
+    def wanted(self, onto: Onto) -> Variant:
+        """What was asked for, onto one of the bases."""
+        return Variant(onto, self.config.dtype, self.config.format == "gguf")
+
+    def write(self, variant: Variant, output: Path) -> MergedWeights:
+        """Merge into a directory, or a file, which has its name when all of it is there.
 
         Raises:
             HalfbyteError: there is no room for it; whatever `merge_weights` refuses.
         """
-        self.check_room(directory, [variant])
+        self.check_room(output, [variant])
         layout = self._layout(variant)
         settings = Settings(
             onto=variant.onto,
-            dtype=torch.bfloat16 if variant.in_4_bits else getattr(torch, variant.dtype),
+            dtype=None if variant.gguf else torch.bfloat16 if variant.in_4_bits else getattr(torch, variant.dtype),
             layout=layout,
             combination=self.config.combination,
             density=self.config.density,
             shard_bytes=memory_bytes(self.config.max_shard_size),
             fingerprint=any(origin.base_sha256 for origin in self.origins),
         )
-        with directory_written_aside(directory) as aside:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.config.seed)  # DARE drops at random
-                weights = merge_weights(self.base, self.changes, aside, settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)  # DARE drops at random
+            if variant.gguf:
+                export = GgufExport(self.base, self.changes, self.tokenizer, settings, variant.dtype, self.notes)
+                weights = write_gguf(export, output, self.record(variant, None))
+                self.compare_bases(weights)
+                return weights
+            return self._write_directory(variant, settings, output)
+
+    def _write_directory(self, variant: Variant, settings: Settings, output: Path) -> MergedWeights:
+        with directory_written_aside(output) as aside:
+            weights = merge_weights(self.base, self.changes, aside, settings)
             self.compare_bases(weights)
-            if layout is not None:
+            if settings.layout is not None:
                 for file in aside.glob("*.safetensors"):
                     align_tensors(file)
             self._write_config(aside, settings, weights)
             self.tokenizer.save_pretrained(aside)
             write_json(aside / MERGE_FILE, self.record(variant, weights))
         return weights
+
+    def write_adapter(self, output: Path) -> MergedWeights:
+        """The adapter alone, as llama.cpp loads it; the base is looked at and not read."""
+        size, changed = write_lora(self.base, self.adapters[0], self.changes, output)
+        return MergedWeights(size, files=1, tensors=2 * changed, changed=changed, base_sha256=None, untied=False)
 
     def check_room(self, output: Path, variants: Iterable[Variant]) -> None:
         """Raises HalfbyteError where the disk of the output has no room for all of the variants."""
@@ -111,7 +131,7 @@ class MergeJob:
             )
 
     def _expected_bytes(self, variant: Variant) -> float:
-        wide: float = 2 if variant.in_4_bits else getattr(torch, variant.dtype).itemsize
+        wide: float = 2 if variant.in_4_bits else _bytes_of(variant.dtype)
         layers = self.base.layout.layers if variant.in_4_bits else frozenset()
         counts = {name: parameter.numel() for name, parameter in self.base.model.named_parameters()}
         return float(sum((0.6 if name in layers else wide) * count for name, count in counts.items()))
@@ -131,17 +151,18 @@ class MergeJob:
             return None
         return known == {weights.base_sha256}
 
-    def record(self, variant: Variant, weights: MergedWeights) -> dict[str, Any]:
-        """What was merged, from what: merge.json."""
+    def record(self, variant: Variant, weights: MergedWeights | None) -> dict[str, Any]:
+        """What was merged, from what: merge.json. Less of it where nothing is written yet."""
         adapters = zip(self.adapters, self.scales, self.origins, strict=True)
         quantization = self.quantization
+        base: dict[str, Any] = {"name_or_path": self.base.source.name}
+        known: dict[str, Any] = {}
+        if weights is not None:
+            base |= {"weights_sha256": weights.base_sha256, "verified": self.is_verified(weights)}
+            known = {"tensors": weights.tensors, "bytes": weights.bytes, "warnings": self.warnings}
         return {
             "versions": versions(),
-            "base_model": {
-                "name_or_path": self.base.source.name,
-                "weights_sha256": weights.base_sha256,
-                "verified": self.is_verified(weights),
-            },
+            "base_model": base,
             "onto": variant.onto,
             "dtype": variant.dtype,
             "quantization_of_training": None if quantization is None else _as_keys(quantization, self._block_size()),
@@ -157,9 +178,7 @@ class MergeJob:
             ],
             "combination": self.config.combination,
             "tokenizer": tokenizer_fingerprints(self.tokenizer),
-            "tensors": weights.tensors,
-            "bytes": weights.bytes,
-            "warnings": self.warnings,
+            **known,
         }
 
     def _layout(self, variant: Variant) -> FourBitLayout | None:
@@ -210,7 +229,7 @@ def prepare_merge(config: MergeConfig) -> MergeJob:
     Raises:
         HalfbyteError: one of them is not there or is broken; an adapter is another model's.
     """
-    adapters = [AdapterFile(path) for path in config.adapter]
+    adapters = [AdapterFile(path) for path in config.adapter or []]
     scales = config.weights or [1.0] * len(adapters)
     if len(scales) != len(adapters):
         raise HalfbyteError(f"weights are {len(scales)} where adapters are {len(adapters)}; give one for each adapter.")
@@ -231,7 +250,7 @@ def prepare_merge(config: MergeConfig) -> MergeJob:
             f"{unknown[0].directory} does not say what weights it was trained on, so it is not checked that they are"
             " these"
         )
-    elif base.unnamed:
+    elif adapters and base.unnamed:
         notes.append(
             f"{base.source.path} holds parts of what the model fuses; that it is the trained base is not checked"
         )
@@ -250,10 +269,17 @@ def _training_quantization(
                 f"{adapters[0].directory} and another adapter were trained on bases of different quantization; say with"
                 " --quant_type and the like which one to merge onto."
             )
-    values = {**(said[0] if said else _as_keys(QuantizationConfig())), **given}
+    # Where nothing is merged, the numbers of a .gguf file are passed on as they are.
+    exact = not adapters and config.base != "quantized"
+    usual = QuantizationConfig(compute_dtype=torch.float32 if exact else torch.bfloat16)
+    values = {**(said[0] if said else _as_keys(usual)), **given}
     if values["quant_type"] == "none":
         return None
     return QuantizationConfig(**values)
+
+
+def _bytes_of(dtype: str) -> float:
+    return _BLOCK_BYTES[dtype] if dtype in _BLOCK_BYTES else float(getattr(torch, dtype).itemsize)
 
 
 def _as_keys(settings: QuantizationConfig, block_size: int | None = None) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import halfbyte
+from adapters import random_adapter
 from halfbyte import load_model
 from halfbyte.checkpoint.adapter import save_adapter
 from halfbyte.checkpoint.fingerprint import weights_sha256
@@ -31,21 +32,6 @@ from models import ARCHITECTURES, save_gguf, save_model
 
 PEER = Path(__file__).resolve().parents[2] / ".peers" / "bin" / "python"
 IDS = torch.arange(24).reshape(2, 12)
-
-
-def random_adapter(model: PreTrainedModel, directory: Path, **settings: Any) -> Path:
-    """An adapter whose every tensor is random, as PEFT saves it."""
-    values = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
-    adapted = get_peft_model(model, LoraConfig(**values))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad:
-                noise = 0.1 * torch.randn(parameter.shape, generator=generator)
-                is_whole = "modules_to_save" in name or "magnitude" in name or "trainable_tokens" in name
-                parameter.copy_(parameter + noise if is_whole else noise)
-    adapted.save_pretrained(directory, save_embedding_layers=False)
-    return directory
 
 
 def plain(directory: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
