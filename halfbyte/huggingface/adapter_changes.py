@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.initial import INDEPENDENT
-from halfbyte.huggingface.peft import read_adapter_config, wrap_model
+from halfbyte.huggingface.peft import add_lora, read_adapter_config
 from halfbyte.huggingface.source import reason
 
 _PREFIX = "base_model.model."
@@ -186,7 +186,7 @@ def _wrap(model: PreTrainedModel, where: str, adapter: AdapterFile) -> PeftModel
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # advice to whoever would train on it
-            return wrap_model(copy.deepcopy(model), config)
+            return add_lora(copy.deepcopy(model), config)
     except (HalfbyteError, RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise HalfbyteError(
             f"{adapter.directory}: the adapter does not fit {where}, {_base_of(adapter)}: {reason(error)}."
