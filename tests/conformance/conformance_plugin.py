@@ -94,7 +94,8 @@ def _judge(report: Any, call: pytest.CallInfo[Any] | None) -> None:
     elif report.skipped:
         said = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
         said = said.removeprefix("Skipped: ").strip() or "no reason given"
-        report.not_applicable = _NO_GPU if _SKIPPED_FOR_GPU.search(said) else f"the suite skips it: {said}"
+        for_gpu = _SKIPPED_FOR_GPU.search(said) and "CPU" not in said
+        report.not_applicable = _NO_GPU if for_gpu else f"the suite skips it: {said}"
 
 
 @pytest.hookimpl(wrapper=True)
