@@ -19,7 +19,6 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.nn import Experts4bit
 from halfbyte.quant import QuantizedTensor, quantize_4bit
 
-
 NO_DROPOUT = "PEFT has no dropout for experts' tensors; set lora_dropout to 0, or name target_modules without experts."
 
 
