@@ -103,6 +103,11 @@ WRONG = [
         "paged_adamw_32bit",
     ),
     (
+        "activation_offloading: 8bit\ngradient_checkpointing: false",
+        "run.yaml:4: activation_offloading is 8bit, which is for layers that are computed again, and "
+        "gradient_checkpointing is false: leave one of them out",
+    ),
+    (
         "max_steps: 0",
         "run.yaml:4: max_steps is 0, but it must be a whole number of at least 1, or -1 to go by num_train_epochs",
     ),

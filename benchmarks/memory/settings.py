@@ -44,6 +44,9 @@ SETTINGS = (
     Setting(SMOLLM2, 4, 512, {"max_memory": "1.65GB"}, resident_goal=1.7),  # no product is computed again
     Setting(SMOLLM2, 4, 512, _FULL, resident_goal=1.0),
     Setting(SMOLLM2, 8, 512, _FULL),
+    Setting(SMOLLM2, 1, 4096, _FULL),
+    Setting(SMOLLM2, 1, 4096, {"activation_offloading": "disk"}),
+    Setting(SMOLLM2, 1, 4096, {"activation_offloading": "8bit"}),
     Setting(SMOLLM2, 1, 1024, _FULL | {"optim": "adamw_8bit"}),
     Setting(SMOLLM2, 1, 512, _KEPT | _PAGED_8, rank=64),
     Setting("7B", 1, 512, _FULL, resident_goal=5.5),

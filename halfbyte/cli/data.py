@@ -43,7 +43,7 @@ def command(config: DataConfig, rows: int, findings: int, histogram: str | None,
     if histogram is not None:
         from halfbyte.report.histogram import draw_png
 
-        lengths = {inspection.name: inspection.lengths for inspection in report.inspections.values()}
+        lengths = {f"{name}: {found.name}": found.lengths for name, found in report.inspections.items()}
         draw_png(lengths, config.max_length, Path(histogram))
     if as_json:
         sys.stdout.write(json.dumps(report.to_dict(), ensure_ascii=False, indent=2) + "\n")

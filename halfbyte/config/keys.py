@@ -151,7 +151,7 @@ class ScheduleKeys(Config):
         "adamw", description="AdamW; its state in 32 or 8 bits, in memory or in a file that it is paged to."
     )
     page_dir: PathText | None = Field(
-        None, description="Where a paged optimizer has its file; not said: on the disk of output_dir."
+        None, description="Where what is paged has its files; not said: on the disk of output_dir."
     )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of the adapters.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment.")
@@ -161,6 +161,10 @@ class ScheduleKeys(Config):
     gradient_checkpointing: Recomputation = Field(
         "auto",
         description="Recompute activations in the backward pass: less memory, more time; auto: as memory asks.",
+    )
+    activation_offloading: Literal["none", "disk", "8bit"] = Field(
+        "none",
+        description="Where recomputed layers' inputs lie until the backward: memory, page_dir, or 8 bits (inexact).",
     )
     max_memory: MemorySize | None = Field(
         None, description="Memory to live within, the model's included; by default what the machine has to spare."
@@ -311,9 +315,15 @@ def _check_training_keys(config: "FinetuneConfig | PlanConfig | DataConfig") -> 
         ),
         (
             "page_dir",
-            config.page_dir is None or config.optim.startswith("paged_"),
+            config.page_dir is None or config.optim.startswith("paged_") or config.activation_offloading == "disk",
             f"page_dir is set, but optim is {config.optim}, which pages nothing: leave page_dir out, or set optim to "
             f"paged_{'adamw_32bit' if config.optim == 'adamw' else config.optim}",
+        ),
+        (
+            "activation_offloading",
+            config.activation_offloading == "none" or config.gradient_checkpointing is not False,
+            f"activation_offloading is {config.activation_offloading}, which is for layers that are computed again, "
+            "and gradient_checkpointing is false: leave one of them out",
         ),
         (
             "overwrite_output_dir",

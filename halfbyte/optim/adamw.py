@@ -10,7 +10,6 @@ Either state may be kept in a file (`halfbyte.optim.paged`), which does not chan
 """
 
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from halfbyte import ops
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats import OPTIMIZER_BLOCK_SIZE, block_count
-from halfbyte.optim.paged import PageFile, is_in_memory
+from halfbyte.optim.paged import PageFile
 from halfbyte.optim.unified import unified_state
 
 MIN_8BIT_SIZE = 4096  # values below which a parameter's moments stay in 32 bits
@@ -102,12 +101,6 @@ class AdamW(torch.optim.Optimizer):
                 self._homes[parameter] = unified_state(layout, parameter.device)
             return
         file = PageFile(self._page_dir, layouts)
-        if is_in_memory(self._page_dir):
-            warnings.warn(
-                f"page_dir {self._page_dir} is kept in memory itself, so paging to it frees none;"
-                " name a directory on a disk.",
-                stacklevel=2,
-            )
         self._homes |= zip(parameters, file.tensors, strict=True)
         self._files.append(file)
 

@@ -15,6 +15,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,14 +60,22 @@ class PageFile:
         HalfbyteError: the directory cannot be written, or has too little room.
     """
 
-    def __init__(self, directory: Path, layouts: Sequence[dict[str, Tensor]]) -> None:
+    def __init__(
+        self, directory: Path, layouts: Sequence[dict[str, Tensor]], what: str = "the optimizer's state"
+    ) -> None:
         """`layouts`: for each parameter, name -> a tensor of the shape and dtype wanted; its values do not matter."""
         check_page_dir(directory)
+        if is_in_memory(directory):
+            warnings.warn(
+                f"page_dir {directory} is kept in memory itself, so paging to it frees none;"
+                " name a directory on a disk.",
+                stacklevel=2,
+            )
         sizes = [sum(_aligned(like.nbytes) for like in layout.values()) for layout in layouts]
         self.nbytes = max(sum(sizes), mmap.PAGESIZE)
         self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed with this object, by the next line)
         weakref.finalize(self, self._file.close)
-        _allocate(self._file.fileno(), self.nbytes, directory)
+        _allocate(self._file.fileno(), self.nbytes, directory, what)
         self._map = mmap.mmap(self._file.fileno(), self.nbytes)
         starts = itertools.accumulate(sizes[:-1], initial=0)
         self.tensors = [self._carve(start, layout) for start, layout in zip(starts, layouts, strict=True)]
@@ -93,7 +102,7 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _allocate(descriptor: int, nbytes: int, directory: Path) -> None:
+def _allocate(descriptor: int, nbytes: int, directory: Path, what: str) -> None:
     free = shutil.disk_usage(directory).free
     reason = "No space left on device"
     if nbytes <= free:
@@ -103,6 +112,6 @@ def _allocate(descriptor: int, nbytes: int, directory: Path) -> None:
         except OSError as error:
             reason = error.strerror or reason
     raise HalfbyteError(
-        f"page_dir {directory} cannot hold the optimizer's state ({reason}): it needs {nbytes:,} bytes, and"
+        f"page_dir {directory} cannot hold {what} ({reason}): it needs {nbytes:,} bytes, and"
         f" {free:,} are free; make room there or name another."
     )

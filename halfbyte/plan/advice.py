@@ -41,10 +41,13 @@ def most_tokens(plan: Plan) -> dict[str, int]:
     """Level -> tokens of the largest micro-batch, rows × max_length, that fits at it; 0 where none does."""
     found = {}
     for level in plan.levels():
-        one = plan.with_settings(level=level, rows=1, length=_MANY_TOKENS, evaluated_rows=0)
-        a_token = one.footprint.activation_bytes[level]
-        fixed = one.least_bytes - a_token * _MANY_TOKENS
-        found[level] = max(0, int((one.budget_bytes - fixed) // a_token))
+        least, twice = (
+            plan.with_settings(level=level, rows=1, length=length, evaluated_rows=0).least_bytes
+            for length in (_MANY_TOKENS, 2 * _MANY_TOKENS)
+        )
+        a_token = (twice - least) / _MANY_TOKENS
+        fixed = 2 * least - twice
+        found[level] = max(0, int((plan.budget_bytes - fixed) // a_token))
     return found
 
 

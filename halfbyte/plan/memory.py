@@ -5,14 +5,16 @@
     16-bit rest    embeddings, output layer, norms, biases
     adapters       4 bytes a value, and as many for the gradient
     optimizer      8 bytes a value, or 2.03 in 8 bits; where it is paged it leaves memory when that runs short
-    activations    bytes a token and level of recomputation, times the tokens of a micro-batch
+    activations    bytes a token and level of recomputation, times the tokens of a micro-batch; offloaded to disk, the
+                   inputs of layers leave memory as paged state does
     temporaries    a chunk of logits, what the kernels work in
 
 The peak is the largest of the moments of a run. Loading holds what is loaded so far and one tensor in 16 bits; a step
 holds everything at the end of its forward pass; an evaluation has no gradients and keeps one layer's activations.
 
-What is a page of a file counts for as long as there is room: paged state, and the weights of a 4-bit checkpoint, which
-are mapped. Where memory is short both leave it, so that a run is possible wherever the rest of it fits.
+What is a page of a file counts for as long as there is room: paged state, offloaded inputs, and the weights of a 4-bit
+checkpoint, which are mapped. Where memory is short they leave it, so that a run is possible wherever the rest of it
+fits.
 """
 
 from collections.abc import Mapping
@@ -26,6 +28,7 @@ from halfbyte.optim import AdamW
 LEVELS = ("none", "elementwise", "full")  # of recomputation, from the fastest to the smallest
 LOGITS_BYTES = 32 << 20  # what the loss works in
 _SCRATCH_BYTES = 2 << 20  # of a thread, in the kernels' products
+_8_BITS_OF_16 = (1 + 4 / 256) / 2  # a code a value, and a float32 absmax for 256 of them
 _LOADING_COPIES = 2  # of a tensor that is being quantized: as it is read, and as the kernel wants it
 
 
@@ -67,6 +70,7 @@ class Settings:
     state_bits: int
     paged: bool
     rank: int  # of the adapters
+    offloading: str = "none"  # of layers' inputs at level full: to `disk`, or in `8bit`
     evaluated_rows: int = 0  # held-out rows in one pass; 0: none are evaluated
     evaluated_length: int = 0  # tokens of the longest of them
 
@@ -95,7 +99,7 @@ class Plan:
             "adapters": 4 * sum(sizes),
             "gradients": 4 * sum(sizes),
             "optimizer state": optimizer_bytes(sizes, settings.state_bits),
-            "activations": round(footprint.activation_bytes[settings.level] * tokens),
+            "activations": round(footprint.activation_bytes[settings.level] * tokens - self._saved_by_8_bits()),
             "temporaries": min(LOGITS_BYTES, 2 * tokens * footprint.vocabulary) + footprint.threads * _SCRATCH_BYTES,
         }
 
@@ -142,10 +146,23 @@ class Plan:
 
     def _peak_without_state(self) -> int:
         state = self._paged_state()
-        return max(size - (state if name != "loading the model" else 0) for name, size in self.moments().items())
+        pages = {"a training step": state + self._paged_inputs(), "an evaluation": state}
+        return max(size - pages.get(name, 0) for name, size in self.moments().items())
 
     def _paged_state(self) -> int:
         return self.parts()["optimizer state"] if self.settings.paged else 0
+
+    def _kept_inputs(self) -> float:
+        """Bytes of the layers' inputs, which are what is kept at level full beside two layers' working."""
+        footprint = self.footprint
+        a_token = footprint.activation_bytes[self.settings.level] - 2 * footprint.layer_bytes
+        return max(0.0, a_token) * self.settings.tokens if self.settings.level == "full" else 0.0
+
+    def _paged_inputs(self) -> int:
+        return round(self._kept_inputs()) if self.settings.offloading == "disk" else 0
+
+    def _saved_by_8_bits(self) -> float:
+        return (1 - _8_BITS_OF_16) * self._kept_inputs() if self.settings.offloading == "8bit" else 0.0
 
     def trained_sizes(self) -> tuple[int, ...]:
         """Values of each trained tensor: those of an adapter are in proportion to its rank."""

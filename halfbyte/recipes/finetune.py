@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from halfbyte.data.checks import find_control_tokens
 from halfbyte.data.masks import special_tokens
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface import add_lora, describe_replacements, load_model, prepare_tokenizer, replacements_of
+from halfbyte.huggingface.offload import offloaded
 from halfbyte.huggingface.segments import keeps_packed_apart
 from halfbyte.optim import OPTIMIZERS, AdamW, check_page_dir, learning_rate_factor
 from halfbyte.plan import Plan
@@ -74,6 +76,11 @@ _FREE_TO_CHANGE = {
     "over_budget",
     "page_dir",
     "data_cache_dir",
+}
+# Keys of which only a part changes a number: bits do, and where they lie does not.
+_SAME_NUMBERS: dict[str, Callable[[Any], object]] = {
+    "optim": lambda value: OPTIMIZERS.get(value or "", {}).get("state_bits"),
+    "activation_offloading": lambda value: value == "8bit",
 }
 
 
@@ -207,6 +214,7 @@ class Run:
         self.directory = Path(config.output_dir)
         self.device = _device()
         self.steps_per_epoch, self.total_steps = count_steps(config, len(self.train))
+        page_dir = _page_dir(config)
         self.optimizer = AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
@@ -214,8 +222,9 @@ class Run:
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             **OPTIMIZERS[config.optim],
-            page_dir=_page_dir(config),
+            page_dir=page_dir if OPTIMIZERS[config.optim]["paged"] else None,
         )
+        self.kept = partial(offloaded, config.activation_offloading, page_dir)
         self.memory = plan_memory(config, self.model, self.train, self.device, self.plan)
         self.console.print(self.memory.describe(), highlight=False)
         self.base_sha256 = weights_sha256(self.model)
@@ -304,8 +313,8 @@ class Run:
         now = self._state()
         for key, value in now["config"].items():
             then = state["config"].get(key)
-            if key == "optim" and _state_bits(then) == _state_bits(value):
-                continue  # where the state lies changes no number
+            if key in _SAME_NUMBERS and _SAME_NUMBERS[key](then) == _SAME_NUMBERS[key](value):
+                continue
             if key not in _FREE_TO_CHANGE and then != value:
                 raise HalfbyteError(
                     f"{checkpoint} was trained with {key} {then!r}, not {value!r};"
@@ -375,7 +384,7 @@ class Run:
             passes = self.memory.split(micro_batches)
             try:
                 return train_step(
-                    self.model, self.optimizer, passes, learning_rate, self.config.max_grad_norm, self.device
+                    self.model, self.optimizer, passes, learning_rate, self.config.max_grad_norm, self.device, self.kept
                 )
             except PassOutOfMemoryError:
                 display.say(self.memory.shrink(max(len(batch["input_ids"]) for batch in passes)))
@@ -407,18 +416,14 @@ class Run:
 
 
 def _page_dir(config: FinetuneConfig) -> Path | None:
-    """Where the optimizer's state is paged to; None for one that is not."""
-    if not OPTIMIZERS[config.optim]["paged"]:
+    """Where state or activations are paged to; None where nothing is."""
+    if not OPTIMIZERS[config.optim]["paged"] and config.activation_offloading != "disk":
         return None
     if config.page_dir is not None:
         return Path(config.page_dir)
     # The file has no name, so it does not matter to a directory that is yet to be made, or cleared.
     output_dir = Path(config.output_dir).absolute()
     return next(place for place in (output_dir, *output_dir.parents) if place.is_dir())
-
-
-def _state_bits(optim: str | None) -> object:
-    return OPTIMIZERS.get(optim or "", {}).get("state_bits")
 
 
 def _is_within(path: Path, directory: Path) -> bool:

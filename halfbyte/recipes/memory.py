@@ -39,6 +39,7 @@ class Memory:
     tokens: int  # of the largest micro-batch, padding included
     budget_bytes: float  # for activations; what is left when the model and the optimizer have theirs
     wanted: str  # the key's value, as it is typed
+    offloading: str = "none"  # of layers' inputs, where all is recomputed
     events: list[str] = field(default_factory=list)  # what was done when memory ran out
 
     def describe(self) -> str:
@@ -47,7 +48,9 @@ class Memory:
         why = (
             f"activations of {need / 1e9:.2f} GB for {self.tokens:,} tokens, {self.budget_bytes / 1e9:.2f} GB to spare"
         )
-        if self.wanted != "auto":
+        if self.offloading != "none":
+            why += f", of which layers' inputs are {'on disk' if self.offloading == 'disk' else 'in 8 bits'}"
+        elif self.wanted != "auto":
             why += f"; gradient_checkpointing is {self.wanted}"
         elif "full" not in self.bytes_a_token:
             why += "; transformers cannot recompute the layers of this model"
@@ -59,6 +62,7 @@ class Memory:
         """What run.json keeps."""
         return {
             "level": self.level,
+            "offloading": self.offloading,
             "rows": self.rows,
             "activation_bytes": round(self.bytes_a_token[self.level] * self.tokens),
             "budget_bytes": round(self.budget_bytes),
@@ -109,7 +113,7 @@ def plan_memory(
     bytes_a_token = measure_activation_bytes(model) if plan is None else plan.footprint.activation_bytes
     tokens = min(rows, len(train)) * int(lengths_of(train).max())
     spare = _spare_for_activations(config, model, device) if plan is None else plan.activation_budget
-    if config.gradient_checkpointing == "auto":
+    if config.gradient_checkpointing == "auto" and config.activation_offloading == "none":
         level = choose_recomputation(bytes_a_token, tokens, spare)
     else:
         level = "full" if config.gradient_checkpointing else "none"
@@ -117,7 +121,7 @@ def plan_memory(
     if level == "full":
         keep_large_tensors_apart()
     wanted = str(config.gradient_checkpointing).lower()
-    return Memory(model, level, rows, bytes_a_token, tokens, spare, wanted)
+    return Memory(model, level, rows, bytes_a_token, tokens, spare, wanted, config.activation_offloading)
 
 
 def _spare_for_activations(config: FinetuneConfig, model: nn.Module, device: torch.device) -> float:

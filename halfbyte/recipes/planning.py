@@ -84,14 +84,20 @@ def plan_run(
         rows=_rows(config.per_device_train_batch_size, train),
         accumulation=config.gradient_accumulation_steps,
         length=_longest(train, config.max_length),
-        level="full" if config.gradient_checkpointing is True and "full" in activation_bytes else "none",
+        level="full" if _recomputes_all(config) and "full" in activation_bytes else "none",
         rank=config.lora_r,
+        offloading=config.activation_offloading,
         evaluated_rows=0 if config.eval_dataset is None else _rows(config.per_device_eval_batch_size, held_out),
         evaluated_length=_longest(held_out, config.max_length),
         **OPTIMIZERS[config.optim],
     )
     plan = Plan(footprint, settings, whole_budget_bytes(config.max_memory, resident))
-    return (plan.at_fastest_level() if config.gradient_checkpointing == "auto" else plan), inventory, family
+    level_is_open = config.gradient_checkpointing == "auto" and not _recomputes_all(config)
+    return (plan.at_fastest_level() if level_is_open else plan), inventory, family
+
+
+def _recomputes_all(config: TrainingConfig) -> bool:
+    return config.gradient_checkpointing is True or config.activation_offloading != "none"
 
 
 def _measure(config: TrainingConfig) -> tuple[Inventory, Family, dict[str, float], int]:

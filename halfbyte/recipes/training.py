@@ -1,7 +1,8 @@
 """One optimizer step, and the loss on held-out rows."""
 
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,13 @@ def train_step(
     learning_rate: float,
     max_grad_norm: float,
     device: torch.device,
+    kept: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, float | int]:
     """Forward, backward, clip and update.  Returns `loss`, `grad_norm` and the tokens that were counted.
 
     The loss is the mean over the supervised tokens of the whole step, so it and its gradient are the same
-    however the rows are split into micro-batches.
+    however the rows are split into micro-batches. Each forward pass is run within `kept()`, which says where what it
+    keeps for the backward lies.
 
     Raises:
         HalfbyteError: the gradient is not finite; nothing was updated.
@@ -37,7 +40,7 @@ def train_step(
     supervised = sum(count_supervised(batch) for batch in micro_batches)
     random_state = _random_state(device)
     try:
-        total = _accumulate_gradients(model, micro_batches, supervised, device)
+        total = _accumulate_gradients(model, micro_batches, supervised, device, kept)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -66,12 +69,17 @@ def train_step(
 
 
 def _accumulate_gradients(
-    model: nn.Module, micro_batches: list[Batch], supervised: int, device: torch.device
+    model: nn.Module,
+    micro_batches: list[Batch],
+    supervised: int,
+    device: torch.device,
+    kept: Callable[[], AbstractContextManager[None]],
 ) -> Tensor:
     """The sum of the losses, (), float32; gradients are of its mean."""
     total = torch.zeros((), device=device)
     for batch in micro_batches:
-        loss = supervised_loss(model, {key: value.to(device) for key, value in batch.items()})
+        with kept():
+            loss = supervised_loss(model, {key: value.to(device) for key, value in batch.items()})
         (loss / supervised).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total

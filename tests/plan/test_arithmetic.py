@@ -1,5 +1,6 @@
 """The arithmetic of a run's memory: parts that add up, moments, and what to change when it does not fit."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,25 @@ def test_the_logits_are_a_chunk_and_the_chunk_is_the_one_that_the_loss_takes() -
     assert LOGITS_BYTES == CHUNK_BYTES
     many, few = (plan(rows=1, length=length).parts()["temporaries"] for length in (4096, 4))
     assert many - few == LOGITS_BYTES - 2 * 4 * 32_000
+
+
+def test_inputs_of_layers_elsewhere() -> None:
+    """At level full a token keeps 300 KB, of which two layers' working is 125: the rest is what may lie elsewhere."""
+    footprint = replace(plan().footprint, activation_bytes={"none": 800_000.0, "full": 300_000.0})
+    in_memory, disk, eight = (
+        replace(plan(level="full", offloading=kind), footprint=footprint) for kind in ("none", "disk", "8bit")
+    )
+    inputs = 1024 * 175_000
+    assert disk.peak_bytes == in_memory.peak_bytes
+    assert disk.least_bytes == max(in_memory.least_bytes - inputs, disk.moments()["loading the model"])
+    assert in_memory.peak_bytes - eight.peak_bytes == pytest.approx(inputs * (1 - (1 + 4 / 256) / 2), abs=1)
+    assert in_memory.with_settings(level="none").parts() == disk.with_settings(level="none").parts()
+    fit = [most_tokens(replace(p, budget_bytes=2_000 * MEGABYTE))["full"] for p in (in_memory, eight, disk)]
+    assert fit[0] < fit[1] < fit[2]
+    for tried, tokens in zip((in_memory, eight, disk), fit, strict=True):
+        tried = replace(tried, budget_bytes=2_000 * MEGABYTE)
+        assert tried.with_settings(rows=1, length=tokens - 1).fits
+        assert not tried.with_settings(rows=1, length=tokens + 2).fits
 
 
 def test_the_optimizer_is_counted_as_it_keeps_its_state() -> None:

@@ -151,3 +151,19 @@ def test_an_adapter_that_is_not_there_is_found_before_the_model_is_loaded(
     monkeypatch.setattr(recipe, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(HalfbyteError, match="/nowhere"):
         generate(source, "hello", adapter="/nowhere")
+
+
+def test_the_output_layer_reads_the_last_positions_of_a_batch_as_one_matrix(loaded: Loaded) -> None:
+    """torch copies the layer's weight for each row where they are a slice of all positions."""
+    model, tokenizer = loaded
+    strides: list[bool] = []
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda _, inputs, output: strides.append(inputs[0].is_contiguous())
+    )
+    texts = ["a b c", "hello", "one more of them"]
+    together = generate_texts(model, tokenizer, texts, 3)
+    hook.remove()
+    assert len(strides) >= 1
+    assert all(strides)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+    assert together == [generate_texts(model, tokenizer, [text], 3)[0] for text in texts]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from halfbyte import FinetuneConfig, HalfbyteError, load_model
+from halfbyte.huggingface import offload
 from halfbyte.huggingface.mapped import mapped_bytes
 from halfbyte.recipes import memory, training
 from halfbyte.recipes.memory import limits_of_control_groups
@@ -182,6 +183,24 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(
     fail_above(0, RuntimeError("shapes differ"), monkeypatch)
     with pytest.raises(RuntimeError, match="shapes differ"):
         run(config())
+
+
+def test_layers_inputs_elsewhere(config: Callable[..., FinetuneConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALLEST_BYTES", 0)
+    run(config("memory", gradient_checkpointing=True, save_steps=2))
+    _, said = run(config("disk", activation_offloading="disk"))
+    assert "recomputation: full (" in said
+    assert "of which layers' inputs are on disk" in said
+    assert adapter_bytes(Path(config("disk").output_dir)) == adapter_bytes(Path(config("memory").output_dir))
+    run(config("8bit", activation_offloading="8bit"))
+    assert told(config("8bit"))["offloading"] == "8bit"
+    assert adapter_bytes(Path(config("8bit").output_dir)) != adapter_bytes(Path(config("memory").output_dir))
+
+    checkpoint = str(Path(config("memory").output_dir) / "checkpoint-2")
+    run(config("on", resume_from_checkpoint=checkpoint, activation_offloading="disk"))
+    assert adapter_bytes(Path(config("on").output_dir)) == adapter_bytes(Path(config("memory").output_dir))
+    with pytest.raises(HalfbyteError, match="was trained with activation_offloading 'none', not '8bit'"):
+        run(config("other", resume_from_checkpoint=checkpoint, activation_offloading="8bit"))
 
 
 def test_a_run_without_recomputation_goes_on_with_it(config: Callable[..., FinetuneConfig]) -> None:

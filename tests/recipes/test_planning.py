@@ -192,6 +192,8 @@ def planned_model(name: str, request: pytest.FixtureRequest, directory: Path) ->
         ("qwen2", 16, 512, 16, FULL | {"optim": "paged_adamw_8bit"}),
         ("qwen2", 4, 1024, 16, FULL),
         ("qwen2", 2, 1024, 16, KEPT | {"optim": "paged_adamw_32bit"}),
+        ("qwen2", 8, 1024, 16, {"activation_offloading": "8bit"}),
+        ("llama", 8, 1024, 16, {"activation_offloading": "disk"}),
     ],
 )
 def test_a_run_takes_what_was_planned(
