@@ -101,6 +101,9 @@ class LoraKeys(Config):
     target_modules: TargetModules = Field(
         "all-linear", description="Modules that get an adapter: all-linear, names or a pattern."
     )
+    use_dora: bool = Field(
+        False, description="Learn each output's magnitude apart from its direction (arXiv 2402.09353)."
+    )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (arXiv 2312.03732).")
 
 

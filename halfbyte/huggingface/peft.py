@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.dora import Dora, row_factors
 from halfbyte.huggingface.initial import check_initializer, dense_stand_in, reads_base
+from halfbyte.huggingface.peft_experts import NO_DROPOUT
 from halfbyte.huggingface.shared_input import SharedInput, find_shared_inputs
 from halfbyte.huggingface.source import reason
 from halfbyte.nn import Linear4bit, lora_linears
@@ -194,6 +195,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         with _quiet_peft():
             return get_peft_model(model, config)
     except (ValueError, re.error) as error:
+        if "ParamWrapper does not work with lora_dropout" in str(error):  # of a router, or of experts in 16 bits
+            raise HalfbyteError(NO_DROPOUT) from error
         raise HalfbyteError(f"target_modules does not fit the model: {reason(error)}.") from error
 
 
