@@ -189,7 +189,7 @@ class _Merge:
             writer.add(file_name, weight.to(settings.dtype) if usual and settings.dtype is not None else weight)
 
     def _merge_by_rows(self, name: str, quantized: QuantizedTensor | None, changes: Sequence[Change]) -> Tensor:
-        """The merged weight in the output's dtype, float32 where the writer rounds; memory holds some rows beside it."""
+        """The merged weight in the output's dtype, float32 where the writer rounds; some rows at a time."""
         if quantized is not None and self.settings.onto == "quantized":
             slices, shape = quantized.row_slices(_SLICE_VALUES), quantized.shape
         else:
