@@ -26,6 +26,7 @@ NOT_READ_BY_TRANSFORMERS = ("gemma", "smollm3", "llama, biases")
 # Signs of several bytes, digits, runs of spaces, what looks like a special token, what is no text at all.
 HOSTILE = [
     "the model reads a text",
+    "otherwise thenhill wantedtowns readerhad atthe theretime mother writestext",
     "a  2026 x   12\n\n\n y",
     "  leading and trailing  ",
     "don't I'LL we'Re",
