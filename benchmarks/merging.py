@@ -1,6 +1,6 @@
 """A merge of a model of Llama-7B-sized layers beside a plain copy of its files: seconds, and the most memory.
 
-    python -m benchmarks.merging DIRECTORY --tokenizer_from MODEL [--layers 32] [--rank 16] [--base quantized]
+    python -m benchmarks.merging DIRECTORY --tokenizer_from MODEL [--layers 32] [--base original] [--dtype nf4]
 
 The model has random weights and is written to DIRECTORY, with the adapter, and both are left there. The copy reads
 and writes the same bytes in pieces of 16 MB and waits for the disk, as the merge does; both begin with no page of the
@@ -28,9 +28,10 @@ from halfbyte.huggingface.safetensors_files import safetensors_files
 PIECE = 16 << 20
 SHARD_BYTES = 5_000_000_000
 MERGE = """
-import json, sys, halfbyte
-result = halfbyte.merge(sys.argv[1], sys.argv[2], sys.argv[3], base=sys.argv[4])
-print(json.dumps({"seconds": result.seconds, "peak_bytes": result.peak_bytes, "bytes": result.bytes}))
+import json, sys, time, halfbyte
+result = halfbyte.merge(sys.argv[1], sys.argv[2], sys.argv[3], base=sys.argv[4], dtype=sys.argv[5])
+busy = time.process_time()
+print(json.dumps({"seconds": result.seconds, "busy_seconds": busy, "peak_bytes": result.peak_bytes}))
 """
 
 
@@ -75,17 +76,24 @@ def evict(directory: Path) -> None:
         os.close(descriptor)
 
 
-def copy_seconds(directory: Path, target: Path) -> float:
-    target.mkdir()
+def disk_seconds(directory: Path, target: Path | None) -> float:
+    """Read a model's files in pieces, and write them to `target`, if there is one, and wait for the disk."""
+    if target is not None:
+        target.mkdir()
+    evict(directory)
     started = time.perf_counter()
     for file in safetensors_files(directory):
-        with file.open("rb") as source, (target / file.name).open("wb") as copy:
+        written = Path(os.devnull) if target is None else target / file.name
+        with file.open("rb", buffering=0) as source, written.open("wb") as copy:
             while piece := source.read(PIECE):
-                copy.write(piece)
-            copy.flush()
-            os.fsync(copy.fileno())
+                if target is not None:
+                    copy.write(piece)
+            if target is not None:
+                copy.flush()
+                os.fsync(copy.fileno())
     seconds = time.perf_counter() - started
-    shutil.rmtree(target)
+    if target is not None:
+        shutil.rmtree(target)
     return seconds
 
 
@@ -96,6 +104,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--base", default="quantized", choices=["original", "quantized"])
+    parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
     directory = arguments.directory
     model, adapter = directory / f"model-{arguments.layers}", directory / f"adapter-{arguments.layers}"
@@ -104,18 +113,22 @@ def main() -> None:
         make_model(model, arguments.layers, arguments.tokenizer_from)
         make_adapter(adapter, arguments.layers, arguments.rank)
     largest = max(file.stat().st_size for file in safetensors_files(model))
-    evict(model)
-    copying = copy_seconds(model, directory / "copy")
+    reading, copying = disk_seconds(model, None), disk_seconds(model, directory / "copy")
     evict(model)
     output = directory / "merged"
-    command = [sys.executable, "-c", MERGE, str(model), str(adapter), str(output), arguments.base]
+    command = [sys.executable, "-c", MERGE, str(model), str(adapter), str(output), arguments.base, arguments.dtype]
     merged = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     shutil.rmtree(output)
-    size = merged["bytes"]
+    size = sum(file.stat().st_size for file in safetensors_files(model))
     print(f"{size / 1e9:.2f} GB of weights; the largest file has {largest / 1e9:.2f} GB")
-    print(f"copied in {copying:.1f} s, {size / copying / 1e9:.2f} GB/s")
-    print(f"merged in {merged['seconds']:.1f} s, {size / merged['seconds'] / 1e9:.2f} GB/s")
+    print(f"the disk: read in {reading:.1f} s, {size / reading / 1e9:.2f} GB/s; read and written in {copying:.1f} s")
+    print(
+        f"merged in {merged['seconds']:.1f} s, {merged['seconds'] / copying:.2f} times the copy;"
+        f" the process was busy for {merged['busy_seconds']:.1f} s ({arguments.base}, {arguments.dtype})"
+    )
     print(f"the merging process held at most {merged['peak_bytes'] / 1e9:.2f} GB, Python and torch included")
+    if merged["peak_bytes"] > largest + 1e9:
+        sys.exit("that is more than the largest file and 1 GB")
 
 
 if __name__ == "__main__":

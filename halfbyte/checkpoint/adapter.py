@@ -77,7 +77,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 def is_record(value: Any) -> bool:
     """Whether it has what is read of it."""
-    parts = {"base_model": ("name_or_path", "weights_sha256"), "quantization": QUANTIZATION_KEYS}
+    parts = {"base_model": ("weights_sha256",), "quantization": QUANTIZATION_KEYS}
     return isinstance(value, dict) and all(
         isinstance(value.get(part), dict) and all(key in value[part] for key in keys) for part, keys in parts.items()
     )

@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.load import build_on_meta, load_model
 from halfbyte.huggingface.quantizer import QuantizationConfig, Quantizer
+from halfbyte.huggingface.read_ahead import ReadAhead
 from halfbyte.huggingface.safetensors_files import read_safetensors
 from halfbyte.huggingface.source import Source, locate, read_config, reason
 from halfbyte.nn import Linear4bit
@@ -40,6 +41,7 @@ class BaseWeights:
     is_quantized: bool  # the files hold 4-bit codes
     _tensors: dict[str, Any] = field(repr=False)
     _constants: dict[str, dict[str, str]] = field(repr=False)  # a 4-bit weight's file name -> suffix -> file name
+    _ahead: ReadAhead | None = field(repr=False, default=None)
 
     def file_name(self, name: str) -> str | None:
         """The file's name of a parameter, a tied one's by any of its names; None where the files do not have it."""
@@ -47,6 +49,8 @@ class BaseWeights:
 
     def read(self, file_name: str) -> Tensor:
         """A tensor of the files, as it stands there.  Raises HalfbyteError where it cannot be read."""
+        if self._ahead is not None:
+            self._ahead.reached(file_name)
         try:
             tensor: Tensor = self._tensors[file_name][...]
         except (SafetensorError, OSError, ValueError) as error:
@@ -141,14 +145,18 @@ def open_base(model_name_or_path: str, settings: QuantizationConfig | None) -> B
     tied = {name: names for names in parameters.values() if len(names) > 1 for name in names}
     unnamed: list[str] = []
     constants: dict[str, dict[str, str]] = {}
+    ahead = None
     if source.gguf_file:
         tensors: dict[str, Any] = _dequantized_gguf(model_name_or_path, compute_dtype, tied)
         file_names = {name: name for name in tensors}
     else:
         tensors = read_safetensors(source.directory)
+        ahead = ReadAhead(source.directory)
         constants = _constants(tensors)
         file_names, unnamed = _model_names(model, [name for name in tensors if not _is_constant(name, constants)])
-    base = BaseWeights(source, config, model, layout, file_names, unnamed, tied, bool(constants), tensors, constants)
+    base = BaseWeights(
+        source, config, model, layout, file_names, unnamed, tied, bool(constants), tensors, constants, ahead
+    )
     converted = bool(unnamed)  # what the model fuses has other names than the files'
     missing = [name for name, _ in model.named_parameters() if base.file_name(name) is None]
     if missing and not converted:

@@ -13,7 +13,7 @@ constants of the format, shared by all tensors, and are not counted.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -72,6 +72,20 @@ class QuantizedTensor:
             list(self.shape),
             dtype or self.dtype,
         )
+
+    def row_slices(self, values: int) -> Iterator[tuple[int, Tensor]]:
+        """A matrix about so many values at a time: the first row of each slice, and its rows in float32."""
+        rows, columns = self.shape
+        unit = self.block_size // math.gcd(columns, self.block_size)  # rows that end where a block does
+        step = max(unit, values // max(1, columns) // unit * unit)
+        packed, absmax = self.packed.view(-1), self.absmax_float32()
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            first, last = begin * columns, end * columns
+            codes = packed[first // 2 : -(-last // 2)]
+            scales = absmax[first // self.block_size : -(-last // self.block_size)]
+            shape = [end - begin, columns]
+            yield begin, ops.dequantize_4bit(codes, scales, self.codebook, self.block_size, shape, torch.float32)
 
     def absmax_float32(self) -> Tensor:
         """`(blocks,)` float32, dequantized when it is stored in 8 bits."""

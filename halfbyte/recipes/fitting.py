@@ -64,8 +64,9 @@ def base_differences(
             )
             return [f"{adapter} was trained on a base with {trained}, and {where} is loaded with {found}."]
     if base_sha256 is not None and origin.base_sha256 not in (None, base_sha256):
+        named = f" ({origin.base_name})" if origin.base_name else ""
         return [
-            f"{adapter} was trained on other weights ({origin.base_name}) than those of {where}: their SHA-256"
+            f"{adapter} was trained on other weights{named} than those of {where}: their SHA-256"
             f" was {str(origin.base_sha256)[:_SHORT]}… and is {base_sha256[:_SHORT]}…"
         ]
     return []

@@ -253,7 +253,7 @@ def _data(name: str, said: Any) -> str:
         sums = data["sha256"]
         sums = list(sums.values()) if isinstance(sums, dict) else sums if isinstance(sums, list) else [sums]
         short = ", ".join(f"{sha256[:_SHORT]}…" for sha256 in sums)
-        told.append(f"{data['path']} (SHA-256 {short})" if short else str(data["path"]))
+        told.append(f"{data['path'] or 'a file'} (SHA-256 {short})" if short else str(data["path"]))
     what = "the rows of" if name == "dataset" else "held-out rows of"
     return f"{what} {', '.join(told)}"
 

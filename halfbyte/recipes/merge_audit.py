@@ -1,8 +1,9 @@
 """Every way to merge beside what was trained: all are written, loaded and measured, and the better one is kept."""
 
 import json
-import tempfile
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -37,9 +38,8 @@ def merge_measured(
     reference = None if _is_plain(job) else Variant(job.bases[0], "float32")
     everything = list(dict.fromkeys([*variants, *([] if reference is None else [reference])]))
     job.check_room(output, everything)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.merging-") as work:
-        places = {v: Path(work) / (f"{index}.gguf" if v.gguf else f"{index}") for index, v in enumerate(everything)}
+    with _workplace(output) as work:
+        places = {v: work / (f"{index}.gguf" if v.gguf else f"{index}") for index, v in enumerate(everything)}
         written = {}
         for variant, place in places.items():
             console.print(f"merging: {variant.name}", highlight=False)
@@ -59,6 +59,18 @@ def merge_measured(
             write_json(record, {**json.loads(record.read_text(encoding="utf-8")), "audit": audit.to_dict()})
         places[best].rename(output)
     return best.onto, written[best], audit
+
+
+@contextmanager
+def _workplace(output: Path) -> Iterator[Path]:
+    """A directory beside the output, empty even where an audit was killed before, and gone at the end."""
+    work = output.with_name(output.name + ".audited")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _audited(job: MergeJob) -> list[Variant]:

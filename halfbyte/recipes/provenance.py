@@ -45,14 +45,17 @@ def make_record(
 
 
 def adapter_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The same for the adapter's own file, which goes to other people: no paths of this machine's data."""
+    """The same for the adapter's own file: what made its numbers, and no names of this machine's directories.
 
-    def told(data: dict[str, Any]) -> dict[str, Any]:
-        sums = list(data["sha256"].values())
-        return {**data, "path": Path(data["path"]).name if sums else data["path"], "sha256": sums}
-
-    data = {name: [told(each) for each in sources] for name, sources in record["data"].items()}
-    return {**record, "data": data}
+    So the file is the same bytes wherever it was trained, and can be given away. Its base's name is PEFT's to say, in
+    adapter_config.json.
+    """
+    told = [
+        {**data, "path": None if data["sha256"] else data["path"], "sha256": list(data["sha256"].values())}
+        for data in record["data"]["dataset"]
+    ]
+    base = {"weights_sha256": record["base_model"]["weights_sha256"]}
+    return {**record, "base_model": base, "data": {"dataset": told}}
 
 
 def write_run_file(
@@ -121,25 +124,32 @@ class Origin:
     quantization: dict[str, Any] | None = None  # quant_type, block_size, double_quant, compute_dtype
     tokenizer: dict[str, str | None] | None = None
     record: dict[str, Any] | None = None  # what `make_record` made; without paths where the adapter alone tells it
-    result: dict[str, Any] | None = None  # of the run
+    result: dict[str, Any] | None = None  # of the run, where its run.json is there
 
 
 def read_origin(adapter: Path) -> Origin:
     """From an adapter's own file, which says it wherever it is copied to, and the `run.json` beside it or above it."""
     own, run = read_record(adapter), _read_run(adapter)
-    record = own or run
+    is_same = own is None or run is None or own["base_model"].items() <= run["base_model"].items()
+    record = run if run is not None and is_same else own
     if record is None:
         return Origin()
-    base = record["base_model"]
-    is_same = run is not None and run["base_model"] == base
     return Origin(
-        base_name=base["name_or_path"],
-        base_sha256=base["weights_sha256"],
+        base_name=record["base_model"].get("name_or_path") or _base_by_peft(adapter),
+        base_sha256=record["base_model"]["weights_sha256"],
         quantization={key: record["quantization"][key] for key in QUANTIZATION_KEYS},
         tokenizer=record.get("tokenizer"),
-        record=run if is_same else record,
-        result=run.get("result") if run is not None and is_same else None,
+        record=record,
+        result=record.get("result"),
     )
+
+
+def _base_by_peft(adapter: Path) -> str | None:
+    try:
+        name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def _read_run(adapter: Path) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Merging: against PEFT's own merge, the adapter on its 4-bit base, and every way in which it must refuse."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import halfbyte
+import halfbyte.checkpoint.merge
 from adapters import random_adapter
 from halfbyte import load_model
 from halfbyte.checkpoint.adapter import save_adapter
 from halfbyte.checkpoint.fingerprint import weights_sha256
 from halfbyte.checkpoint.merge import Settings, merge_weights
 from halfbyte.checkpoint.shards import ShardWriter
+from halfbyte.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from halfbyte.huggingface.base_weights import open_base
 from halfbyte.huggingface.peft import load_adapter
 from halfbyte.huggingface.quantizer import QuantizationConfig
@@ -28,6 +31,7 @@ from halfbyte.nn import Linear4bit
 from halfbyte.recipes.quantize import quantize
 from models import ARCHITECTURES, save_gguf, save_model
 
+PEER = Path(__file__).resolve().parents[2] / ".peers" / "bin" / "python"
 IDS = torch.arange(24).reshape(2, 12)
 
 
@@ -148,6 +152,32 @@ def test_four_bits_are_one_quantization_of_the_sum(base: Path, tmp_path: Path) -
     assert layer.quantized.dtype == torch.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("onto", ["original", "quantized"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_slices_of_rows_make_the_whole(
+    base: Path, tmp_path: Path, variant: str, onto: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = random_adapter(plain(base, torch.float32), tmp_path / "adapter", **VARIANTS[variant])
+    for name, values in (("whole", 1 << 18), ("slices", 160)):
+        monkeypatch.setattr(halfbyte.checkpoint.merge, "_SLICE_VALUES", values)
+        halfbyte.merge(str(base), str(adapter), str(tmp_path / name), base=onto)
+    whole, slices = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "slices"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(slices[name], tensor, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (9, 64), (5, 40), (1, 3), (33, 1)])
+@pytest.mark.parametrize("values", [1, 100, 10**6])
+def test_slices_of_codes_make_the_whole(shape: tuple[int, int], values: int) -> None:
+    quantized = halfbyte.quantize_4bit(torch.randn(shape), block_size=32)
+    slices = dict(quantized.row_slices(values))
+    if (shape, values) == ((9, 64), 1):
+        assert list(slices) == list(range(9))
+    assert list(slices) == sorted(slices)
+    assert torch.equal(torch.cat(list(slices.values())), quantized.dequantize())
+
+
 def test_what_is_not_changed_keeps_its_codes(base: Path, tmp_path: Path) -> None:
     loaded, tokenizer = load_model(str(base), block_size=32)
     loaded.save_pretrained(tmp_path / "4bit")
@@ -251,6 +281,92 @@ def test_what_is_killed_has_no_name(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     halfbyte.merge(*arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
+
+
+@pytest.mark.parametrize("more", [[], ["--audit"]])
+def test_ctrl_c_leaves_nothing(base: Path, tmp_path: Path, more: list[str]) -> None:
+    adapter = random_adapter(plain(base, torch.float32), tmp_path / "adapter")
+    code = (
+        "import os, signal, sys\n"
+        "from halfbyte.checkpoint.shards import ShardWriter\n"
+        "from halfbyte.cli import main\n"
+        "add, calls = ShardWriter.add, []\n"
+        "def interrupted(self, name, tensor):\n"
+        "    calls.append(name)\n"
+        "    if len(calls) == 30: os.kill(os.getpid(), signal.SIGINT)\n"  # an audit is at its second model
+        "    add(self, name, tensor)\n"
+        "ShardWriter.add = interrupted\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    if not more:
+        code = code.replace("30", "7")
+    command = ["merge", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "out"), *more]
+    ran = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr.splitlines()[-1]) == (EXIT_INTERRUPTED, "interrupted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    adapter = random_adapter(plain(base, torch.float32), tmp_path / "adapter")
+    code = (
+        "import resource, sys\n"
+        "from halfbyte.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"  # no file grows beyond it
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = ["merge", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "out")]
+    ran = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr.count("\n")) == (EXIT_BAD_INPUT, 1), ran.stderr
+    assert f"output {tmp_path / 'out'} cannot be written" in ran.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_a_disk_without_room_is_found_before_anything_is_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = random_adapter(plain(base, torch.float32), tmp_path / "adapter")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))  # type: ignore[attr-defined]
+    monkeypatch.setattr(ShardWriter, "add", None)
+    with pytest.raises(halfbyte.HalfbyteError, match=r"takes 0\.1 GB while it is made, and its disk has 0\.0 GB left"):
+        halfbyte.merge(str(base), str(adapter), str(tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.skipif(not PEER.exists(), reason=f"no environment without halfbyte at {PEER}: make peers")
+def test_an_environment_without_halfbyte(base: Path, tmp_path: Path) -> None:
+    """Plain transformers opens the merge with the logits of the audit, and plain PEFT the adapter."""
+    model, _ = load_model(str(base), "none", compute_dtype=torch.float32, fast=False)
+    adapted = halfbyte.add_lora(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    save_adapter(adapted, tmp_path / "adapter", {"any": "record"})
+    halfbyte.merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "out"), quant_type="none")
+    code = (
+        "import importlib.util, sys, torch\n"
+        "from peft import PeftModel\n"
+        "from safetensors.torch import save_file\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "assert importlib.util.find_spec('halfbyte') is None\n"
+        "base, adapter, out, file = sys.argv[1:]\n"
+        "ids = torch.arange(24).reshape(2, 12)\n"
+        "AutoTokenizer.from_pretrained(out)\n"
+        "merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()\n"
+        "model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)\n"
+        "adapted = PeftModel.from_pretrained(model, adapter).eval()\n"
+        "with torch.no_grad():\n"
+        "    logits = {name: m(ids).logits for name, m in (('merged', merged), ('adapted', adapted))}\n"
+        "save_file(logits, file)\n"
+    )
+    arguments = [str(base), *(str(tmp_path / name) for name in ("adapter", "out", "logits"))]
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(
+        [PEER, "-c", code, *arguments], capture_output=True, text=True, check=False, env=alone, cwd=tmp_path
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = load_file(tmp_path / "logits")
+    audited, _ = load_model(str(tmp_path / "out"), "none")
+    with torch.no_grad():
+        torch.testing.assert_close(found["adapted"], adapted.eval()(IDS).logits, rtol=1e-4, atol=1e-4)
+        expected = audited(IDS).logits.float()
+    assert (found["merged"].float() - expected).norm() < 0.02 * expected.norm()
 
 
 def test_plain_transformers_in_a_process_of_its_own(base: Path, tmp_path: Path) -> None:

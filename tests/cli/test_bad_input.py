@@ -486,6 +486,16 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
         MERGE + " --base quantized --quant_type none",
         ["quant_type", "original"],
     ),
+    "generate: another tokenizer": (
+        both(adapter(), other_tokenizer),
+        GENERATE + " --adapter adapter",
+        ["adapter", "tokenizer", "model"],
+    ),
+    "evaluate: another tokenizer": (
+        both(adapter(), other_tokenizer),
+        EVALUATE + " --adapter adapter",
+        ["adapter", "tokenizer", "model"],
+    ),
     "merge: another tokenizer": (
         both(adapter(), other_tokenizer),
         MERGE,
