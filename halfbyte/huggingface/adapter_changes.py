@@ -1,6 +1,7 @@
 """What saved adapters change in a model, parameter by parameter: read from PEFT's files, computed in float32.
 
     LoRA      W + s·B·A                        s = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)
+    experts   W_e + s·B_e·A_e                  each of a mixture's own, in one parameter (PEFT's target_parameters)
     DoRA      m · (W + s·B·A) / ‖W + s·B·A‖    the norm is a row's (arXiv 2402.09353, equation 5)
     bias      b + s·b_B                        where B has one
     saved     another tensor in its place      modules_to_save, trained biases
@@ -52,6 +53,7 @@ class LowRank:
     scale: float  # of the layer, times the weight of the adapter
     transposed: bool  # the model has the weight as (in, out)
     magnitude: str | None = None
+    experts: int | None = None  # the weight is of so many; A is `(r·experts, in)`, and B is `(out, r·experts)`
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,12 @@ class Change:
         """B·A in the shape of the weight, float32, not scaled."""
         assert self.low_rank is not None
         a, b = self.adapter.read(self.low_rank.a), self.adapter.read(self.low_rank.b)
+        if self.low_rank.experts is not None:
+            # PEFT has the experts' ranks one expert after another in A, and one rank after another in B.
+            a = a.view(self.low_rank.experts, -1, a.shape[1])
+            b = b.view(b.shape[0], -1, self.low_rank.experts).permute(2, 0, 1)
         product = b @ a
-        return (product.T if self.low_rank.transposed else product).to(weight.device)
+        return (product.mT if self.low_rank.transposed else product).to(weight.device)
 
 
 class AdapterFile:
@@ -222,12 +228,15 @@ def _base_of(adapter: AdapterFile) -> str:
 def _low_rank_changes(adapter: AdapterFile, name: str, layer: LoraLayer, weight: float) -> dict[str, Change]:
     if "default" not in layer.scaling:
         return {}
-    if isinstance(layer, ParamWrapper):
-        raise HalfbyteError(
-            f"{adapter.directory}: {name} is a parameter that holds several experts; such adapters cannot be merged."
-        )
     scale = weight * float(layer.scaling["default"])
     base, key = layer.get_base_layer(), _PREFIX + name
+    if isinstance(layer, ParamWrapper):
+        parameter = f"{name.replace('.base_layer', '')}.{layer.parameter_name}"  # wrappers of one module are nested
+        stacked = layer.get_param().ndim == 3
+        transposed = stacked and getattr(base, "is_transposed", False)
+        factors = f"{key}.lora_A.weight", f"{key}.lora_B.weight"
+        experts = layer.num_experts if stacked else None
+        return {parameter: Change(adapter, LowRank(*factors, scale, transposed, experts=experts))}
     is_embedding = "default" in layer.lora_embedding_A
     variant = layer.lora_variant.get("default")
     magnitude = None
