@@ -4,10 +4,10 @@
     onto the quantized    round16(Ŵ + Δ)         Ŵ = dequantize(quantize(W)): what training saw
     into 4 bits           quantize(… + Δ)        one quantization, of the sum of all deltas
 
-What the adapters do not touch is passed on as it is, and everything under its file's own names, so that whatever opened
-the base opens the merge; in 4 bits a mixture's experts are one tensor, as halfbyte saves them. The base's fingerprint is
-taken on the way, in the order in which `weights_sha256` takes it: a base that is not the one of the training is known
-when the last tensor has been read, and before the directory has its name.
+What the adapters do not touch is passed on as it is, and all of it under its file's own names, so that whatever opened
+the base opens the merge; in 4 bits a mixture's experts are one tensor, as halfbyte saves them. The fingerprint of the
+base is taken on the way, in the order in which `weights_sha256` takes it: a base that is not the one of the training is
+known when the last tensor has been read, and before the directory has its name.
 """
 
 import hashlib

@@ -77,13 +77,26 @@ class Change:
     def delta(self, weight: Tensor) -> Tensor:
         """B·A in the shape of the weight, float32, not scaled."""
         assert self.low_rank is not None
-        a, b = self.adapter.read(self.low_rank.a), self.adapter.read(self.low_rank.b)
-        if self.low_rank.experts is not None:
-            # PEFT has the experts' ranks one expert after another in A, and one rank after another in B.
-            a = a.view(self.low_rank.experts, -1, a.shape[1])
-            b = b.view(b.shape[0], -1, self.low_rank.experts).permute(2, 0, 1)
+        a, b = self._factors(self.low_rank)
         product = b @ a
         return (product.mT if self.low_rank.transposed else product).to(weight.device)
+
+    def add_to(self, weight: Tensor) -> None:
+        """Adds s·B·A to a float32 weight; of experts one at a time, since all are as large as the weight."""
+        low = self.low_rank
+        assert low is not None
+        a, b = self._factors(low)
+        for part, lora_A, lora_B in [(weight, a, b)] if low.experts is None else zip(weight, a, b, strict=True):
+            product = (lora_B @ lora_A).to(weight.device)
+            part.add_(product.T if low.transposed else product, alpha=low.scale)
+
+    def _factors(self, low: LowRank) -> tuple[Tensor, Tensor]:
+        """A `(r, in)` and B `(out, r)`; of experts, one of each for every one."""
+        a, b = self.adapter.read(low.a), self.adapter.read(low.b)
+        if low.experts is None:
+            return a, b
+        # PEFT has all ranks of an expert together in A, and all experts of a rank in B.
+        return a.view(low.experts, -1, a.shape[1]), b.view(b.shape[0], -1, low.experts).permute(2, 0, 1)
 
 
 class AdapterFile:
@@ -170,8 +183,7 @@ def apply_changes(
         weight += combine([change.delta(weight) for change in low_rank], scales, density)
     else:
         for change in low_rank:
-            assert change.low_rank is not None
-            weight.add_(change.delta(weight), alpha=change.low_rank.scale)
+            change.add_to(weight)
     for change in changes:
         if change.low_rank is not None and change.low_rank.magnitude is not None:
             rows = weight.T if change.low_rank.transposed else weight
