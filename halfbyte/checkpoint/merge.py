@@ -247,11 +247,14 @@ def _check_changes(base: BaseWeights, changes: Mapping[str, Sequence[Change]]) -
 
 
 def _check_layers(base: BaseWeights, settings: Settings) -> None:
+    in_4_bits = base.layout.layers if settings.onto == "quantized" else frozenset()
+    if settings.layout is not None:
+        in_4_bits |= settings.layout.layers
     for file_name, names in base.conversions.several.items():
-        if settings.onto == "quantized" and base.layout.layers.intersection(names):
+        if in_4_bits.intersection(names):
             raise HalfbyteError(
-                f"{base.source.path}: {file_name} is several layers of the model, which training had in 4 bits, and is"
-                " not quantized as one; use --base original."
+                f"{base.source.path}: {file_name} is several layers of the model, and is not quantized as they are;"
+                " use --base original and --dtype bfloat16."
             )
 
 

@@ -126,6 +126,27 @@ def test_a_fingerprint_is_another_when_one_weight_is(base: Path, tmp_path: Path)
     assert before not in (None, after.base_sha256)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_layers_that_are_one_tensor_of_the_files(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "base", "hrm_text")
+    adapters = {name: tmp_path / name for name in ("o_proj", "q_proj")}
+    for name, place in adapters.items():
+        random_adapter(plain(directory, torch.float32), place, target_modules=[name])
+    refused: list[tuple[str, dict[str, Any], str]] = [
+        ("o_proj", {"base": "quantized"}, r"gqkv_proj\.weight is several layers of the model"),
+        ("o_proj", {"base": "original", "dtype": "nf4"}, r"gqkv_proj\.weight is several layers of the model"),
+        ("q_proj", {"base": "original"}, r"q_proj\.weight, which .* changes; it is a part of one"),
+    ]
+    for name, keys, words in refused:
+        with pytest.raises(halfbyte.HalfbyteError, match=words):
+            halfbyte.merge(str(directory), str(adapters[name]), str(tmp_path / "out"), **keys)
+    halfbyte.merge(str(directory), str(adapters["o_proj"]), str(tmp_path / "out"), base="original", dtype="float32")
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(plain(directory, torch.float32), adapters["o_proj"]).eval()(IDS).logits
+        found = plain(tmp_path / "out", torch.float32)(IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_four_bits_are_one_quantization_of_the_sum(base: Path, tmp_path: Path) -> None:
     adapters = [
         random_adapter(plain(base, torch.float32), tmp_path / name, target_modules=["q_proj"], r=rank)

@@ -22,6 +22,7 @@ from halfbyte.huggingface.base_weights import open_base
 from halfbyte.huggingface.peft import load_adapter
 from halfbyte.huggingface.quantizer import QuantizationConfig
 from halfbyte.nn import Experts4bit
+from halfbyte.quant import to_keys
 from halfbyte.recipes.quantize import quantize
 from models import save_model
 
@@ -181,6 +182,21 @@ def test_an_expert_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(HalfbyteError, match=rf"base lacks 1 of the model's tensors, among them {re.escape(name)}\.$"):
         halfbyte.merge(str(base), str(adapter), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_are_codes_one_by_one(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "mixtral")
+    adapter = adapter_on_experts(base, tmp_path / "adapter")
+    tensors = tensors_of(base)
+    name = next(name for name in tensors if ".experts.0.w1." in name)
+    quantized = halfbyte.quantize_4bit(tensors[name])
+    tensors |= {name: quantized.packed} | {f"{name}.{key}": tensor for key, tensor in to_keys(quantized).items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = QuantizationConfig(experts=True).to_dict()
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HalfbyteError, match=rf"{re.escape(name)} is in 4 bits and is a part of a parameter"):
+        halfbyte.merge(str(base), str(adapter), str(tmp_path / "out"))
 
 
 def test_a_mixture_is_not_written_as_gguf(base: Path, tmp_path: Path) -> None:
