@@ -57,8 +57,8 @@ class Conversions:
         elif pattern is None:
             self.named[name] = file_name
         else:
-            (converter,) = (each for each in self._converters if pattern in each.source_patterns)
-            first, *others = converter.target_patterns
+            by_pattern = {source: each for each in self._converters for source in each.source_patterns}
+            first, *others = by_pattern[pattern].target_patterns
             if others:
                 self.several[file_name] = [name.replace(first, pattern) for pattern in (first, *others)]
             else:
@@ -90,7 +90,13 @@ class Conversions:
         renamed, pattern = reverse.rename_source_key(name)
         reverse.add_tensor(renamed, name, pattern, tensor)
         apart = reverse.convert(renamed, model=self._model, config=self._model.config)
-        return {apply_renamings(part, self._back): _only(value) for part, value in apart.items()}
+        own = {file_name for each in self.parts.get(name, {}).values() for file_name in each}
+        named: dict[str, Tensor] = {}
+        for part, value in apart.items():
+            part_name = apply_renamings(part, self._back)
+            short = part_name.removeprefix(f"{self._model.base_model_prefix}.")  # some files leave it out
+            named[short if short in own else part_name] = _only(value)
+        return named
 
     def _converter_of(self, name: str) -> WeightConverter | None:
         """What makes a parameter of several tensors; a copy, since transformers collects the tensors in it."""

@@ -184,6 +184,17 @@ def test_an_expert_that_is_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_names_without_the_models_prefix(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "mixtral", tie_word_embeddings=True)
+    short = {name.removeprefix("model."): tensor for name, tensor in tensors_of(base).items()}
+    save_file(short, base / "model.safetensors", {"format": "pt"})
+    adapter = adapter_on_experts(base, tmp_path / "adapter")
+    halfbyte.merge(str(base), str(adapter), str(tmp_path / "out"), base="original", dtype="float32")
+    expected = logits(PeftModel.from_pretrained(plain(base), adapter))
+    torch.testing.assert_close(logits(plain(tmp_path / "out")), expected, rtol=1e-4, atol=1e-4)
+    assert tensors_of(tmp_path / "out").keys() == short.keys()
+
+
 def test_experts_that_are_codes_one_by_one(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", "mixtral")
     adapter = adapter_on_experts(base, tmp_path / "adapter")
