@@ -19,13 +19,14 @@ export CXX
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 PEERS := .peers
+LLAMA := .llama
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.hpp')
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
-.PHONY: always help setup model demo test conformance bench bench-memory check format peers lock clean
+.PHONY: always help setup model demo test conformance bench bench-memory check check-gguf format peers llama lock clean
 
 help:  ## Show this list
 	@printf 'make TARGET, where TARGET is one of\n\n'
@@ -147,6 +148,20 @@ $(PEERS)/.packages: Makefile | $(VENV)/.created
 $(PEERS)/.plot: benchmarks/requirements.txt $(PEERS)/.packages
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
+
+# llama.cpp, to run what is written as GGUF; built from source for this processor's base instruction set.
+llama: $(LLAMA)/.packages  ## Make .llama: llama-cpp-python, compiled; some 10 minutes
+
+$(LLAMA)/.packages: | $(VENV)/.created
+	$(call say,llama-cpp-python in $(LLAMA): it compiles llama.cpp)
+	$(PYTHON) -m venv $(LLAMA)
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+	    -DLLAMA_BUILD_TESTS=OFF" \
+	    $(LLAMA)/bin/python -m pip install -qq --disable-pip-version-check llama-cpp-python==0.3.36
+	@touch $@
+
+check-gguf: setup model $(LLAMA)/.packages  ## Compare what is written as GGUF, in llama.cpp, with transformers; some 5 minutes
+	$(RUN) -m benchmarks.llama_cpp $(if $(MODEL_DIR),--model $(MODEL_DIR)) $(if $(ADAPTER),--adapter $(ADAPTER))
 
 $(PEERS)/.model: $(PEERS)/.packages $(MODEL)
 	$(call say,the model in 16-bit safetensors for the peers)

@@ -28,9 +28,10 @@ from halfbyte.huggingface.safetensors_files import safetensors_files
 PIECE = 16 << 20
 SHARD_BYTES = 5_000_000_000
 MERGE = """
-import json, sys, halfbyte
+import json, sys, time, halfbyte
 result = halfbyte.merge(sys.argv[1], sys.argv[2], sys.argv[3], base=sys.argv[4], dtype=sys.argv[5])
-print(json.dumps({"seconds": result.seconds, "peak_bytes": result.peak_bytes, "bytes": result.bytes}))
+busy = time.process_time()
+print(json.dumps({"seconds": result.seconds, "busy_seconds": busy, "peak_bytes": result.peak_bytes}))
 """
 
 
@@ -121,7 +122,10 @@ def main() -> None:
     size = sum(file.stat().st_size for file in safetensors_files(model))
     print(f"{size / 1e9:.2f} GB of weights; the largest file has {largest / 1e9:.2f} GB")
     print(f"the disk: read in {reading:.1f} s, {size / reading / 1e9:.2f} GB/s; read and written in {copying:.1f} s")
-    print(f"merged in {merged['seconds']:.1f} s, {merged['seconds'] / copying:.2f} times the copy, {arguments.base}")
+    print(
+        f"merged in {merged['seconds']:.1f} s, {merged['seconds'] / copying:.2f} times the copy;"
+        f" the process was busy for {merged['busy_seconds']:.1f} s ({arguments.base}, {arguments.dtype})"
+    )
     print(f"the merging process held at most {merged['peak_bytes'] / 1e9:.2f} GB, Python and torch included")
     if merged["peak_bytes"] > largest + 1e9:
         sys.exit("that is more than the largest file and 1 GB")

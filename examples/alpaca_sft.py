@@ -72,6 +72,7 @@ def main(model_name: str, dataset: Path, output_dir: Path, **changes: Any) -> No
         "max_grad_norm": 0.3,
         "weight_decay": 0.001,
         "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),  # or the trainer refuses bf16
         "logging_steps": 10,
         "save_steps": 100,
         "max_length": 512,

@@ -25,7 +25,12 @@ def main(model_name: str, dataset: Path, output_dir: Path, **changes: Any) -> No
         model_name, quantization_config=hb.QuantizationConfig(quant_type="nf4"), dtype=torch.bfloat16
     )
     tokenizer = AutoTokenizer.from_pretrained(model_name)
-    settings = {"output_dir": str(output_dir), "max_length": 512, "report_to": "none"}
+    settings = {
+        "output_dir": str(output_dir),
+        "max_length": 512,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),  # or the trainer refuses bf16, which is its default
+    }
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**settings | changes),

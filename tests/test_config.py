@@ -9,6 +9,7 @@ import pytest
 
 from halfbyte.cli.flags import default_text
 from halfbyte.config import (
+    ChatConfig,
     Config,
     DataConfig,
     EvaluateConfig,
@@ -27,7 +28,10 @@ from halfbyte.errors import HalfbyteError
 
 REQUIRED = "model_name_or_path: model\ndataset: rows.jsonl\noutput_dir: runs/first\n"  # three lines
 DATA_WORDS = "a file, a directory, a hub id, or a list of {path, weight, split, dataset_format, columns}"
-ALL = [FinetuneConfig, DataConfig, PlanConfig, EvaluateConfig, GenerateConfig, QuantizeConfig, MergeConfig]
+ALL = [
+    *(FinetuneConfig, DataConfig, PlanConfig, EvaluateConfig),
+    *(GenerateConfig, ChatConfig, QuantizeConfig, MergeConfig),
+]
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ known when the last tensor has been read, and before the directory has its name.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,12 +22,13 @@ from torch import Tensor
 
 from halfbyte.checkpoint.shards import ShardWriter
 from halfbyte.errors import HalfbyteError
-from halfbyte.huggingface.adapter_changes import Change, apply_changes
+from halfbyte.huggingface.adapter_changes import Change, apply_changes, apply_to_rows, are_row_wise
 from halfbyte.huggingface.base_weights import BaseWeights, FourBitLayout
 from halfbyte.quant import QuantizedTensor, quantize_4bit, to_keys
 
 Onto = Literal["original", "quantized"]
 SHARD_BYTES = 5_000_000_000  # as transformers has them
+_SLICE_VALUES = 1 << 18  # that are merged at a time: 1 MB in float32
 _KEYS_A_WEIGHT = 6  # codes and the five tensors of their constants
 
 
@@ -160,6 +161,11 @@ class _Merge:
             assert quantized is not None
             _add_quantized(writer, file_name, quantized)
             return
+        usual = self.parameters[name].dtype == self.base.model.dtype  # some stay in float32, whatever is asked for
+        row_wise = changes and name not in self.base.layout.transposed and are_row_wise(changes, settings.combination)
+        if row_wise and usual and not in_4_bits:
+            self._add_parts(writer, name, file_name, self._merge_by_rows(name, quantized, changes))
+            return
         if quantized is not None and settings.onto == "quantized":
             weight = quantized.dequantize(torch.float32)
             if name in self.base.layout.transposed:
@@ -174,8 +180,7 @@ class _Merge:
                     f"{changes[0].adapter.directory}: {name} is {tuple(weight.shape)} where {self.base.source.path} has"
                     f" {tuple(expected)}."
                 )
-            if weight.numel() and not all(extreme.isfinite() for extreme in weight.aminmax()):
-                raise HalfbyteError(f"{self.base.source.path}: {name} holds a NaN or an infinity once it is merged.")
+            self._check_finite(name, weight)
         if in_4_bits:
             assert layout is not None
             assert layout.settings is not None
@@ -187,11 +192,34 @@ class _Merge:
                 raise HalfbyteError(f"{self.base.source.path}: {name}: {error}") from error
             _add_quantized(writer, file_name, replace(codes, dtype=settings.dtype or torch.bfloat16))
         else:
-            usual = self.parameters[name].dtype == self.base.model.dtype  # some stay in float32, whatever is asked for
             rounded = weight.to(settings.dtype) if usual and settings.dtype is not None else weight
             del weight
-            for part_name, part in self.base.take_apart(name, rounded, file_name).items():
-                writer.add(part_name, part)
+            self._add_parts(writer, name, file_name, rounded)
+
+    def _add_parts(self, writer: TensorWriter, name: str, file_name: str, weight: Tensor) -> None:
+        for part_name, part in self.base.take_apart(name, weight, file_name).items():
+            writer.add(part_name, part)
+
+    def _merge_by_rows(self, name: str, quantized: QuantizedTensor | None, changes: Sequence[Change]) -> Tensor:
+        """The merged weight in the output's dtype, float32 where the writer rounds; some rows at a time."""
+        if quantized is not None and self.settings.onto == "quantized":
+            slices, shape = quantized.row_slices(_SLICE_VALUES), quantized.shape
+        else:
+            weight = self.base.original(name)
+            step, shape = max(1, _SLICE_VALUES // weight.shape[1]), weight.shape
+            slices = (
+                (begin, weight[begin : begin + step].to(torch.float32, copy=True))
+                for begin in range(0, len(weight), step)
+            )
+        merged = torch.empty(shape, dtype=self.settings.dtype or torch.float32)
+        with _one_thread():
+            apply_to_rows(slices, changes, merged)
+        self._check_finite(name, merged)
+        return merged
+
+    def _check_finite(self, name: str, weight: Tensor) -> None:
+        if weight.numel() and not all(extreme.isfinite() for extreme in weight.aminmax()):
+            raise HalfbyteError(f"{self.base.source.path}: {name} holds a NaN or an infinity once it is merged.")
 
     def _write_as_it_is(self, writer: TensorWriter, file_name: str) -> None:
         """A buffer, or what the model has in several parameters."""
@@ -227,6 +255,17 @@ class _Merge:
     def _digest(self, tensor: Tensor) -> None:
         if self.digest is not None:
             self.digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For slices so small that waiting for a second thread takes longer than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_changes(base: BaseWeights, changes: Mapping[str, Sequence[Change]]) -> None:

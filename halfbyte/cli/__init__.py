@@ -25,6 +25,7 @@ SUBCOMMANDS = {
     "plan": "Tell what a fine-tuning run will take: memory, its peak, time.",
     "evaluate": "Measure a model, with or without an adapter, on held-out rows.",
     "generate": "Answer one prompt.",
+    "chat": "Talk with a model in the terminal, adapters switched in place.",
     "quantize": "Write a model as a 4-bit checkpoint.",
     "merge": "Write a model with an adapter merged into it.",
     "inspect": "Say what a directory or a file holds, and where it came from.",

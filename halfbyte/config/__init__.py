@@ -6,6 +6,7 @@ the file and line (or the flag), the key, the value that was found and what is a
 
 from halfbyte.config.datasets import DatasetEntry
 from halfbyte.config.keys import (
+    ChatConfig,
     Config,
     DataConfig,
     EvaluateConfig,
@@ -21,6 +22,7 @@ from halfbyte.config.words import Allowed, allowed, alternatives, nearest
 
 __all__ = [
     "Allowed",
+    "ChatConfig",
     "Config",
     "ConfigT",
     "DataConfig",

@@ -101,6 +101,9 @@ class LoraKeys(Config):
     target_modules: TargetModules = Field(
         "all-linear", description="Modules that get an adapter: all-linear, names or a pattern."
     )
+    use_dora: bool = Field(
+        False, description="Learn each output's magnitude apart from its direction (arXiv 2402.09353)."
+    )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (arXiv 2312.03732).")
 
 
@@ -229,6 +232,23 @@ class GenerationKeys(Config):
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Decides which tokens are drawn.")
 
 
+class ChatKeys(Config):
+    """Chat"""
+
+    adapter: PathList | None = Field(
+        None, description="The directory of a LoRA adapter, or of several to switch between; the first speaks first."
+    )
+    compare: bool = Field(False, description="Answer with the base and with each adapter, side by side.")
+    system: str | None = Field(None, description="The system message.")
+    chat_template: Text | None = Field(
+        None, description="A Jinja file or one of ours; by default the adapter's, then the model's."
+    )
+    max_new_tokens: int = Field(512, ge=1, description="Longest answer, in tokens.")
+    temperature: float = Field(0.0, ge=0, description="0 always takes the likeliest token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens up to this share.")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Decides which tokens are drawn, anew for each answer.")
+
+
 class CheckpointKeys(Config):
     """Output"""
 
@@ -331,6 +351,16 @@ class EvaluateConfig(ModelKeys, DataKeys, QuantizationKeys, EvaluationKeys):
 
 class GenerateConfig(ModelKeys, GenerationKeys, QuantizationKeys):
     """What `halfbyte generate` reads."""
+
+
+class ChatConfig(ModelKeys, ChatKeys, QuantizationKeys):
+    """What `halfbyte chat` reads."""
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> "ChatConfig":
+        there = bool(self.adapter) or not self.compare
+        _check([("compare", there, "compare sets adapters beside their base: name one with --adapter")])
+        return self
 
 
 class QuantizeConfig(ModelKeys, QuantizationKeys, CheckpointKeys):

@@ -13,7 +13,7 @@ the file must have the tensors that the wrapper would save, all of them, in thes
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,40 @@ def find_changes(model: PreTrainedModel, where: str, adapter: AdapterFile, weigh
         if name in parameters:
             changes[name] = Change(adapter, saved=key)
     return changes
+
+
+def are_row_wise(changes: Sequence[Change], combination: str = "linear") -> bool:
+    """Whether the rows of the merged weight can be had one after another, from `apply_to_rows`."""
+    if len(changes) > 1 and combination != "linear":
+        return False
+    found = [change.low_rank for change in changes]
+    return all(low is not None and not low.transposed and low.experts is None for low in found)
+
+
+def apply_to_rows(
+    slices: Iterable[tuple[int, Tensor]],  # the first row of each, and rows of the weight in float32, written over
+    changes: Sequence[Change],  # that are row-wise
+    merged: Tensor,  # (out, in), filled with the sum, rounded to its dtype
+) -> Tensor:  # the same
+    """What `apply_changes` does, for a few rows at a time, which stay in the cache meanwhile.
+
+    Raises:
+        HalfbyteError: an adapter's tensor is broken.
+    """
+    factors = []
+    for change in changes:
+        low_rank, read = change.low_rank, change.adapter.read
+        assert low_rank is not None
+        magnitude = None if low_rank.magnitude is None else read(low_rank.magnitude).flatten()
+        factors.append((read(low_rank.a), read(low_rank.b), low_rank.scale, magnitude))
+    for begin, rows in slices:
+        end = begin + len(rows)
+        for a, b, scale, magnitude in factors:
+            rows.addmm_(b[begin:end], a, alpha=scale)
+            if magnitude is not None:
+                rows *= (magnitude[begin:end] / rows.norm(dim=1))[:, None]
+        merged[begin:end] = rows
+    return merged
 
 
 def apply_changes(

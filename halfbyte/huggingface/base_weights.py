@@ -19,6 +19,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.conversions import Conversions
 from halfbyte.huggingface.load import build_on_meta, load_model
 from halfbyte.huggingface.quantizer import QuantizationConfig, Quantizer
+from halfbyte.huggingface.read_ahead import ReadAhead
 from halfbyte.huggingface.safetensors_files import read_safetensors
 from halfbyte.huggingface.source import Source, locate, read_config, reason
 from halfbyte.nn import PackedWeights
@@ -39,6 +40,7 @@ class BaseWeights:
     is_quantized: bool  # the files hold 4-bit codes
     _tensors: dict[str, Any] = field(repr=False)
     _constants: dict[str, dict[str, str]] = field(repr=False)  # a 4-bit weight's file name -> suffix -> file name
+    _ahead: ReadAhead | None = field(repr=False, default=None)
 
     def file_name(self, name: str) -> str | None:
         """The file's name of a parameter, a tied one's by any of its names; None where the files do not have it."""
@@ -72,6 +74,8 @@ class BaseWeights:
 
     def read(self, file_name: str) -> Tensor:
         """A tensor of the files, as it stands there.  Raises HalfbyteError where it cannot be read."""
+        if self._ahead is not None:
+            self._ahead.reached(file_name)
         try:
             tensor: Tensor = self._tensors[file_name][...]
         except (SafetensorError, OSError, ValueError) as error:
@@ -187,15 +191,19 @@ def open_base(model_name_or_path: str, settings: QuantizationConfig | None) -> B
         parameters.setdefault(id(parameter), []).append(name)
     tied = {name: names for names in parameters.values() if len(names) > 1 for name in names}
     constants: dict[str, dict[str, str]] = {}
+    ahead = None
     if source.gguf_file:
         tensors: dict[str, Any] = _dequantized_gguf(model_name_or_path, compute_dtype, tied)
     else:
         tensors = read_safetensors(source.directory)
+        ahead = ReadAhead(source.directory)
         constants = _constants(tensors)
     beside = {place for places in constants.values() for place in places.values()}
     conversions = Conversions(model, () if source.gguf_file else tensors.keys() - beside)
     named = {name: name for name in tensors} if source.gguf_file else conversions.named
-    base = BaseWeights(source, config, model, layout, named, conversions, tied, bool(constants), tensors, constants)
+    base = BaseWeights(
+        source, config, model, layout, named, conversions, tied, bool(constants), tensors, constants, ahead
+    )
     several = {name for names in conversions.several.values() for name in names}
     missing = [name for name, _ in model.named_parameters() if not base.has(name) and name not in several]
     for name in conversions.parts:

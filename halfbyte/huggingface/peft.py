@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.dora import Dora, row_factors
 from halfbyte.huggingface.initial import check_initializer, dense_stand_in, reads_base
+from halfbyte.huggingface.peft_experts import NO_DROPOUT
 from halfbyte.huggingface.shared_input import SharedInput, find_shared_inputs
 from halfbyte.huggingface.source import reason
 from halfbyte.nn import Linear4bit, lora_linears
@@ -194,11 +195,15 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         with _quiet_peft():
             return get_peft_model(model, config)
     except (ValueError, re.error) as error:
+        if "ParamWrapper does not work with lora_dropout" in str(error):  # of a router, or of experts in 16 bits
+            raise HalfbyteError(NO_DROPOUT) from error
         raise HalfbyteError(f"target_modules does not fit the model: {reason(error)}.") from error
 
 
-def load_adapter(model: PreTrainedModel, directory: Path | str, is_trainable: bool = False) -> PeftModel:
-    """Put a saved adapter on the model that it was trained on.
+def load_adapter(
+    model: PreTrainedModel | PeftModel, directory: Path | str, is_trainable: bool = False, name: str = "default"
+) -> PeftModel:
+    """Put a saved adapter on the model that it was trained on; beside others, under another name, where there are some.
 
     Raises:
         HalfbyteError: the directory holds no adapter, or one that does not fit the model.
@@ -207,16 +212,21 @@ def load_adapter(model: PreTrainedModel, directory: Path | str, is_trainable: bo
     config = read_adapter_config(directory)
     try:
         with _quiet_peft():
-            adapted = PeftModel.from_pretrained(model, str(directory), config=config, is_trainable=is_trainable)
+            if isinstance(model, PeftModel):
+                adapted = model
+                model.load_adapter(str(directory), name, is_trainable, peft_config=config)
+                model.set_adapter(name)
+            else:
+                adapted = PeftModel.from_pretrained(model, str(directory), name, is_trainable, config=config)
         saved = load_file(directory / "adapter_model.safetensors")
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, re.error, SafetensorError) as error:
         raise HalfbyteError(f"{directory}: the adapter does not fit the model: {reason(error)}.") from error
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    for name in sorted(expected.keys() ^ {name for name in saved if "lora_" in name}):
-        raise HalfbyteError(f"{directory}: the adapter does not fit the model: {name} is in one of them only.")
-    for name, tensor in saved.items():
+    expected = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+    for key in sorted(expected.keys() ^ {key for key in saved if "lora_" in key}):
+        raise HalfbyteError(f"{directory}: the adapter does not fit the model: {key} is in one of them only.")
+    for key, tensor in saved.items():
         if not tensor.isfinite().all():
-            raise HalfbyteError(f"{directory}: the adapter's {name} holds a NaN or an infinity.")
+            raise HalfbyteError(f"{directory}: the adapter's {key} holds a NaN or an infinity.")
     return adapted
 
 

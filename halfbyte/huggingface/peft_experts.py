@@ -19,6 +19,8 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.nn import Experts4bit
 from halfbyte.quant import QuantizedTensor, quantize_4bit
 
+NO_DROPOUT = "PEFT has no dropout for experts' tensors; set lora_dropout to 0, or name target_modules without experts."
+
 
 class LoraExperts4bit(ParamWrapper):  # type: ignore[misc]
     """Low-rank adapters for one of the tensors of an Experts4bit: A `(r·experts, in)`, B `(out, r·experts)`."""
@@ -97,9 +99,7 @@ LoraExperts4bit.__name__ = ParamWrapper.__name__
 
 def _check(config: LoraConfig) -> None:
     if config.lora_dropout:
-        raise HalfbyteError(
-            "PEFT has no dropout for experts' tensors; set lora_dropout to 0, or name target_modules without experts."
-        )
+        raise HalfbyteError(NO_DROPOUT)
     if config.use_dora:
         raise HalfbyteError(
             "PEFT has no DoRA for experts' tensors; leave use_dora out, or name target_modules without experts."

@@ -13,9 +13,8 @@ constants of the format, shared by all tensors, and are not counted.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -72,6 +71,20 @@ class QuantizedTensor:
             list(self.shape),
             dtype or self.dtype,
         )
+
+    def row_slices(self, values: int) -> Iterator[tuple[int, Tensor]]:
+        """A matrix about so many values at a time: the first row of each slice, and its rows in float32."""
+        rows, columns = self.shape
+        unit = self.block_size // math.gcd(columns, self.block_size)  # rows that end where a block does
+        step = max(unit, values // max(1, columns) // unit * unit)
+        packed, absmax = self.packed.view(-1), self.absmax_float32()
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            first, last = begin * columns, end * columns
+            codes = packed[first // 2 : -(-last // 2)]
+            scales = absmax[first // self.block_size : -(-last // self.block_size)]
+            shape = [end - begin, columns]
+            yield begin, ops.dequantize_4bit(codes, scales, self.codebook, self.block_size, shape, torch.float32)
 
     def absmax_float32(self) -> Tensor:
         """`(blocks,)` float32, dequantized when it is stored in 8 bits."""
@@ -228,18 +241,24 @@ def quantized_bytes(n: int, block_size: int = 64, double_quant: bool = True) -> 
     return formats.packed_bytes(n) + (nested if double_quant else 4 * blocks)
 
 
-# The codebooks are constants of the format: one copy a device, whatever the number of tensors.
+# The codebooks are constants of the format: one copy a device, whatever the number of tensors. A dict, and not
+# functools.cache, which torch.compile looks through, with a warning.
+_codebooks: dict[tuple[str, torch.device], Tensor] = {}
 
 
-@cache
 def codebook_4bit(quant_type: str, device: torch.device) -> Tensor:
     """`(16,)` float32: what the codes 0 to 15 mean.  Raises HalfbyteError on an unknown type."""
     if quant_type not in formats.CODEBOOKS:
         raise HalfbyteError(f"quant_type {quant_type!r} is not known; use one of {', '.join(formats.CODEBOOKS)}.")
-    return torch.tensor(formats.CODEBOOKS[quant_type], dtype=torch.float32, device=device)
+    return _codebook(quant_type, formats.CODEBOOKS[quant_type], device)
 
 
-@cache
 def codebook_8bit(device: torch.device) -> Tensor:
     """`(256,)` float32, ascending: what the codes of a double-quantized absmax mean."""
-    return torch.tensor(formats.DYNAMIC_SIGNED, dtype=torch.float32, device=device)
+    return _codebook("dynamic", formats.DYNAMIC_SIGNED, device)
+
+
+def _codebook(name: str, entries: tuple[float, ...], device: torch.device) -> Tensor:
+    if (name, device) not in _codebooks:
+        _codebooks[name, device] = torch.tensor(entries, dtype=torch.float32, device=device)
+    return _codebooks[name, device]

@@ -25,6 +25,7 @@ from halfbyte.data import IGNORE_INDEX, Batch, Example, collate, encode_rows, le
 
 _MADE_ROWS, _MADE_LENGTH, _SEED = 16, 64, 42
 _BATCH_TOKENS = 1024  # of rows that are run at once, padding included: their logits are in memory, and rows alone slow
+_KEPT_BYTES = 1 << 30  # of logits
 _POSITIONS = 256  # whose logits are compared at once, in float32
 
 
@@ -98,8 +99,8 @@ def measure(
     pad_token_id: int | None = None,
 ) -> list[Figures]:
     """Compare each merge with what was trained, which has a name too; two models are in memory at a time."""
-    trained = load_trained().eval()
-    found = [_figures(name, None, _compare(trained, trained, _batches(examples, pad_token_id)))]
+    trained = _Trained(load_trained().eval())
+    found = [_figures(name, None, _compare(trained, None, _batches(examples, pad_token_id)))]
     for merge, (size, load) in merges.items():
         merged = load().eval()
         found.append(_figures(merge, size, _compare(trained, merged, _batches(examples, pad_token_id))))
@@ -120,6 +121,24 @@ def _batches(examples: Sequence[Example], pad_token_id: int | None) -> Iterator[
     yield collate([examples[each] for each in batch], pad_token_id)
 
 
+class _Trained:
+    """What was trained, and what it said of the first batches, which the next merge is compared with as well."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept: dict[int, Tensor] = {}
+        self._room = _KEPT_BYTES
+
+    def logits(self, index: int, batch: Batch, supervised: Tensor) -> Tensor:
+        if index in self._kept:
+            return self._kept[index]
+        logits = _logits(self._model, batch, supervised)
+        if logits.nbytes <= self._room:
+            self._room -= logits.nbytes
+            self._kept[index] = logits
+        return logits
+
+
 @dataclass
 class _Totals:
     tokens: int = 0
@@ -130,13 +149,14 @@ class _Totals:
 
 
 @torch.no_grad()
-def _compare(trained: nn.Module, merged: nn.Module, batches: Iterator[Batch]) -> _Totals:
+def _compare(trained: _Trained, merged: nn.Module | None, batches: Iterator[Batch]) -> _Totals:
+    """With itself, where there is no merge."""
     totals = _Totals()
-    for batch in batches:
+    for index, batch in enumerate(batches):
         supervised = batch["labels"][:, 1:] != IGNORE_INDEX
         targets = batch["labels"][:, 1:][supervised]
-        expected = _logits(trained, batch, supervised)
-        found = expected if merged is trained else _logits(merged, batch, supervised)
+        expected = trained.logits(index, batch, supervised)
+        found = expected if merged is None else _logits(merged, batch, supervised)
         for begin in range(0, len(targets), _POSITIONS):
             part = slice(begin, begin + _POSITIONS)
             p, q = expected[part].float().log_softmax(-1), found[part].float().log_softmax(-1)

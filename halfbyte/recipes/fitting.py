@@ -21,11 +21,14 @@ from halfbyte.recipes.provenance import Origin, quantization_of, read_origin, to
 _SHORT = 12  # digits of a SHA-256 that a person compares
 
 
-def put_on(model: PreTrainedModel, adapter: str, where: str, console: Console) -> PeftModel:
+def put_on(
+    model: PreTrainedModel | PeftModel, adapter: str, where: str, console: Console, name: str = "default"
+) -> PeftModel:
     """Load an adapter onto a model, and say what differs from the base of its training.
 
     Args:
         where: the model, as the user named it.
+        name: the adapter's, where there are several.
 
     Raises:
         HalfbyteError: whatever `load_adapter` refuses.
@@ -34,7 +37,7 @@ def put_on(model: PreTrainedModel, adapter: str, where: str, console: Console) -
     found = None if origin.base_sha256 is None else weights_sha256(model)
     for sentence in base_differences(adapter, origin, where, quantization_of(model), found):
         warn(sentence, console)
-    return load_adapter(model, adapter)
+    return load_adapter(model, adapter, name=name)
 
 
 def warn(sentence: str, console: Console) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.gguf import read_header
@@ -20,6 +21,7 @@ from halfbyte.huggingface.peft import read_adapter_config
 from halfbyte.huggingface.safetensors_files import safetensors_files
 from halfbyte.huggingface.source import reason
 from halfbyte.quant import QUANT_STATE_PREFIX
+from halfbyte.recipes.export import RECORD_KEY
 from halfbyte.recipes.merge_job import MERGE_FILE
 from halfbyte.recipes.provenance import read_origin
 
@@ -152,6 +154,11 @@ def _model(directory: Path) -> Description:
     if not merged.is_file():
         return Description(str(directory), "model", holds, [], fits, facts)
     record = _json(merged)
+    from_ = _told_of_merge(record)
+    return Description(str(directory), "merge", holds, from_, fits, facts | {"merge": record})
+
+
+def _told_of_merge(record: dict[str, Any]) -> list[str]:
     from_ = [_said_by(record, "Merged")]
     base = record.get("base_model") or {}
     told: dict[Any, str] = {True: "the base of the training", False: "which is not the base of the training"}
@@ -164,7 +171,7 @@ def _model(directory: Path) -> Description:
     audit = record.get("audit")
     if audit:
         from_.append(f"Audited on {audit['tokens']:,} tokens: {audit['verdict']}")
-    return Description(str(directory), "merge", holds, from_, fits, facts | {"merge": record})
+    return from_
 
 
 def _tensors(file: Path) -> Description:
@@ -183,14 +190,20 @@ def _gguf(file: Path) -> Description:
     kinds = Counter(_ggml_name(info.ggml_type) for info in header.tensors)
     values = sum(prod(info.shape) for info in header.tensors)
     told = ", ".join(f"{count} in {kind}" for kind, count in sorted(kinds.items()))
+    metadata, _ = read_gguf_metadata(str(file))
+    is_adapter = metadata.get("general.type") == "adapter"
+    what = f"A LoRA adapter for a {header.architecture}" if is_adapter else f"A {header.architecture} model"
     holds = [
-        f"A {header.architecture} model in GGUF: {values:,} parameters in {len(header.tensors)} tensors ({told}),"
+        f"{what} in GGUF: {values:,} parameters in {len(header.tensors)} tensors ({told}),"
         f" {file.stat().st_size / 1e9:.2f} GB."
     ]
     facts = {"architecture": header.architecture, "parameters": values, "tensors": dict(kinds)}
-    return Description(
-        str(file), "gguf", holds, [], ["llama.cpp runs it; halfbyte trains on it and merges onto it."], facts
-    )
+    if is_adapter:
+        return Description(str(file), "gguf", holds, [], ["llama.cpp loads it beside the file of its base."], facts)
+    record = json.loads(metadata.get(RECORD_KEY, "{}"))
+    from_ = _told_of_merge(record) if record.get("adapters") else []
+    fits = ["llama.cpp runs it; halfbyte trains on it and merges onto it."]
+    return Description(str(file), "gguf", holds, from_, fits, facts | ({"merge": record} if record else {}))
 
 
 def _ggml_name(number: int) -> str:

@@ -31,6 +31,7 @@ def lora_config(config: TrainingConfig) -> LoraConfig:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.target_modules,
+        use_dora=config.use_dora,
         use_rslora=config.use_rslora,
     )
 

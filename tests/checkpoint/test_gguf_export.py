@@ -19,12 +19,14 @@ import halfbyte
 from adapters import random_adapter
 from halfbyte import HalfbyteError, load_model
 from halfbyte.huggingface import load_tokenizer
+from halfbyte.recipes.inspect import inspect
 from models import save_gguf
 
 NOT_READ_BY_TRANSFORMERS = ("gemma", "smollm3", "llama, biases")
 # Signs of several bytes, digits, runs of spaces, what looks like a special token, what is no text at all.
 HOSTILE = [
     "the model reads a text",
+    "otherwise thenhill wantedtowns readerhad atthe theretime mother writestext",
     "a  2026 x   12\n\n\n y",
     "  leading and trailing  ",
     "don't I'LL we'Re",
@@ -259,6 +261,11 @@ def test_the_file_says_where_it_is_from(tmp_path: Path) -> None:
     assert record["base_model"]["name_or_path"] == str(tmp_path / "model")
     assert record["adapters"][0]["path"] == str(adapter)
     assert record["onto"] == "quantized"
+    told = inspect(str(tmp_path / "out.gguf"))
+    assert any(str(adapter) in sentence for sentence in told.from_)
+    export(tmp_path / "model", tmp_path / "lora.gguf", adapter, adapter_only=True)
+    assert inspect(str(tmp_path / "lora.gguf")).holds[0].startswith("A LoRA adapter for a llama in GGUF")
+    assert inspect(str(tmp_path / "lora.gguf")).from_ == []
 
 
 def test_what_llama_cpp_does_otherwise_is_noted(tmp_path: Path) -> None:

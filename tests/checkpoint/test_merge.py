@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import halfbyte
+import halfbyte.checkpoint.merge
 from adapters import random_adapter
 from halfbyte import load_model
 from halfbyte.checkpoint.adapter import save_adapter
@@ -166,6 +167,32 @@ def test_four_bits_are_one_quantization_of_the_sum(base: Path, tmp_path: Path) -
     expected = halfbyte.quantize_4bit(weight)
     assert (layer.quantized.packed != expected.packed).float().mean() < 0.01  # a sum in another order, near a midpoint
     assert layer.quantized.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("onto", ["original", "quantized"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_slices_of_rows_make_the_whole(
+    base: Path, tmp_path: Path, variant: str, onto: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = random_adapter(plain(base, torch.float32), tmp_path / "adapter", **VARIANTS[variant])
+    for name, values in (("whole", 1 << 18), ("slices", 160)):
+        monkeypatch.setattr(halfbyte.checkpoint.merge, "_SLICE_VALUES", values)
+        halfbyte.merge(str(base), str(adapter), str(tmp_path / name), base=onto)
+    whole, slices = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "slices"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(slices[name], tensor, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (9, 64), (5, 40), (1, 3), (33, 1)])
+@pytest.mark.parametrize("values", [1, 100, 10**6])
+def test_slices_of_codes_make_the_whole(shape: tuple[int, int], values: int) -> None:
+    quantized = halfbyte.quantize_4bit(torch.randn(shape), block_size=32)
+    slices = dict(quantized.row_slices(values))
+    if (shape, values) == ((9, 64), 1):
+        assert list(slices) == list(range(9))
+    assert list(slices) == sorted(slices)
+    assert torch.equal(torch.cat(list(slices.values())), quantized.dequantize())
 
 
 def test_what_is_not_changed_keeps_its_codes(base: Path, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ EVALUATE = "evaluate --model_name_or_path model --dataset rows.jsonl --max_new_t
 GENERATE = "generate --model_name_or_path model --prompt Hello --max_new_tokens 2"
 PLAN = "plan --model_name_or_path model --no_time"
 MERGE = "merge model --adapter adapter --output out"
+GGUF = "merge model --adapter adapter --output out.gguf --format gguf"
+CHAT = "chat model --max_new_tokens 2"
 QUANTIZE = "quantize --model_name_or_path model --output_dir out"
 
 
@@ -395,6 +397,36 @@ CASES: dict[str, tuple[Break, str, list[str]]] = {
     "evaluate: a malformed line": (write(BAD_ROWS, "{"), EVALUATE, ["rows.jsonl:1"]),
     "generate: no such model": (rename_model("m"), GENERATE, ["model"]),
     "generate: no such adapter": (nothing, GENERATE + " --adapter absent", ["absent"]),
+    "merge: a name of a GGUF that is none": (adapter(), MERGE + " --output out.gguf", ["out.gguf", "--format gguf"]),
+    "merge: a GGUF without its name": (adapter(), MERGE + " --format gguf", ["out", ".gguf"]),
+    "merge: a kind of GGUF's": (adapter(), MERGE + " --dtype q8_0", ["q8_0", "--format gguf"]),
+    "merge: a GGUF in nf4": (adapter(), GGUF + " --dtype nf4", ["nf4", "q8_0"]),
+    "merge: no adapter": (nothing, "merge model --output out", ["adapter", "--adapter"]),
+    "merge: an adapter alone as safetensors": (adapter(), MERGE + " --adapter_only", ["adapter_only", "--format gguf"]),
+    "merge: an audit of a GGUF with nothing merged": (
+        nothing,
+        "merge model --output out.gguf --format gguf --audit",
+        ["audit", "nothing is merged"],
+    ),
+    "merge: a GGUF that exists": (both(adapter(), write("out.gguf", "!")), GGUF, ["output", "out.gguf", "exists"]),
+    "merge: a Modelfile that exists": (
+        both(adapter(), write("out.Modelfile", "!")),
+        GGUF,
+        ["output", "out.Modelfile", "exists"],
+    ),
+    "merge: a GGUF onto another model's adapter": (adapter(width=16), GGUF, ["adapter", "model", "lora_A", "16", "32"]),
+    "merge: a GGUF that cannot be written": (adapter(), GGUF + " --output /proc/x.gguf", ["output", "/proc/x.gguf"]),
+    "merge: a type that GGUF is not written of": (
+        configure(model_type="granite"),
+        "merge model --output out.gguf --format gguf",
+        ["model", "granite"],
+    ),
+    "chat: no such model": (rename_model("m"), CHAT, ["model"]),
+    "chat: no such adapter": (nothing, CHAT + " --adapter absent", ["absent"]),
+    "chat: another model's adapter": (adapter(width=16), CHAT + " --adapter adapter", ["adapter", "lora_A"]),
+    "chat: one adapter twice": (adapter(), CHAT + " --adapter adapter,adapter", ["adapter", "twice"]),
+    "chat: nothing to compare": (nothing, CHAT + " --compare", ["compare", "--adapter"]),
+    "chat: no template": (remove("model/chat_template.jinja"), CHAT, ["model", "chat_template"]),
     "merge: no such adapter": (nothing, MERGE, ["adapter", "adapter_config.json"]),
     "merge: no such model": (both(adapter(), rename_model("m")), MERGE, ["model"]),
     "merge: onto nothing": (adapter(), "merge --adapter adapter --output out", ["model_name_or_path"]),

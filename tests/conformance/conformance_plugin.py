@@ -52,7 +52,7 @@ _REASONS = [
     (r"No module named '(?!halfbyte)([\w.]+)'", r"needs the package \1"),
     (r"FixtureLookupError: (\w+)", r"needs a fixture \1, which the suite has not"),
 ]
-_SKIPPED_FOR_GPU = re.compile(r"\b(CUDA|GPU|XPU|HPU|MPS|MLU|accelerator|Triton|ROCm)\b", re.IGNORECASE)
+_SKIPPED_FOR_GPU = re.compile(r"\b(CUDA|GPU|XPU|HPU|MPS|MLU|accelerators?|Triton|ROCm)\b", re.IGNORECASE)
 _MEASURED = ("benchmark", "slow")  # marks of tests that a suite leaves out itself
 
 
@@ -94,7 +94,8 @@ def _judge(report: Any, call: pytest.CallInfo[Any] | None) -> None:
     elif report.skipped:
         said = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
         said = said.removeprefix("Skipped: ").strip() or "no reason given"
-        report.not_applicable = _NO_GPU if _SKIPPED_FOR_GPU.search(said) else f"the suite skips it: {said}"
+        for_gpu = _SKIPPED_FOR_GPU.search(said) and not said.startswith("CPU")
+        report.not_applicable = _NO_GPU if for_gpu else f"the suite skips it: {said}"
 
 
 @pytest.hookimpl(wrapper=True)

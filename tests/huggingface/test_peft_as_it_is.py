@@ -187,6 +187,26 @@ def test_what_is_saved_opens_on_the_dense_model(
         assert_same_logits(ours, PeftModel.from_pretrained(dense, tmp_path))
 
 
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but")  # PEFT sees to it itself, and says so
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 8 LoRA tensor")  # it takes biases for torn matrices
+def test_gpt2_whose_weights_lie_the_other_way(
+    model_directory: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any], fan_in_fan_out: bool
+) -> None:
+    """It opens in PEFT on the model as it is on the hub, with weights `(in, out)`."""
+    model = in_4_bits(model_directory("gpt2"))
+    dense = dense_base(model)
+    ours = get_peft_model(model, settings(fan_in_fan_out=fan_in_fan_out, **changes))
+    assert len(layers_of(ours)) == 8
+    ours.save_pretrained(tmp_path)
+    theirs = PeftModel.from_pretrained(dense, tmp_path, is_trainable=True)
+    assert_same_logits(ours, theirs)
+    assert_same_gradients(ours, theirs)
+    model = in_4_bits(model_directory("gpt2"))
+    assert torch.equal(logits(PeftModel.from_pretrained(model, tmp_path)), logits(ours))
+
+
 def test_dora_in_training_makes_no_tensor_of_the_weights_size(source: Path) -> None:
     ours = get_peft_model(in_4_bits(source), settings(use_dora=True, target_modules=["gate_proj"], r=2))
     layer = layers_of(ours)[0].train()

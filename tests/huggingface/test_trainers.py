@@ -155,7 +155,7 @@ def run_listing(name: str, model: Path, directory: Path, **changes: Any) -> set[
     rows = directory / "rows"
     texts = [{"text": f"{row['instruction']} {row['output']}"} for row in ROWS]
     rows.write_text(json.dumps(ROWS) if name == "alpaca_sft" else "\n".join(map(json.dumps, texts)))
-    small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": True, "disable_tqdm": True}
+    small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "disable_tqdm": True}
     # A token is a byte here, and Alpaca's prompt has some 300: a shorter row would have no answer left to learn.
     values = small | {"max_length": 512, "max_steps": 2, "save_steps": 1, "logging_steps": 1} | changes
     listing(name).main(str(model), rows, directory / "out", **values)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from halfbyte import ops
 from halfbyte.errors import HalfbyteError
+from halfbyte.formats import DYNAMIC_SIGNED, DYNAMIC_UNSIGNED, OPTIMIZER_BLOCK_SIZE
 from halfbyte.optim import AdamW
 from halfbyte.optim.unified import unified_state
 
@@ -262,3 +264,48 @@ def test_8_bits_learn_as_32_do() -> None:
     print(wide, narrow)
     assert max(wide) < 0.1  # of 0.43: it has learned
     assert abs(sum(narrow) - sum(wide)) / 4 <= max(wide) - min(wide)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_step_from_8_bits_is_near_the_step_from_the_same_moments_in_32(dtype: torch.dtype) -> None:
+    """Parameters and moments of both are made equal after each step, so that what is measured is one step."""
+    start = (0.1 * torch.randn(1024, 257)).to(dtype)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    narrow = AdamW([ours], lr=1e-3, state_bits=8)
+    wide = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.0)
+    maps = {"exp_avg": torch.tensor(DYNAMIC_SIGNED), "exp_avg_sq": torch.tensor(DYNAMIC_UNSIGNED)}
+    for _ in range(30):
+        ours.grad = (0.01 * torch.randn(ours.shape)).to(dtype)
+        theirs.grad = ours.grad.float()
+        narrow.step()
+        wide.step()
+        error = (theirs - ours.float()).abs().detach()
+        relative = error / (theirs.detach().abs() + 1e-9)
+        assert error.mean() < (1.7e-4 if dtype == torch.bfloat16 else 6e-5)
+        assert relative.mean() < (1.6e-3 if dtype == torch.bfloat16 else 6e-4)
+        with torch.no_grad():
+            theirs.copy_(ours)
+        for name, codebook in maps.items():
+            moments = narrow.state[ours]
+            decoded = ops.dequantize_8bit(moments[name], moments[f"{name}_absmax"], codebook, OPTIMIZER_BLOCK_SIZE)
+            exact = wide.state[theirs][name]
+            assert (~torch.isclose(decoded, exact, atol=3e-3, rtol=1e-3)).sum() < 20
+            exact.copy_(decoded)
+
+
+@pytest.mark.parametrize(("dtype", "atol", "rtol"), [(torch.float16, 1e-4, 1e-3), (torch.bfloat16, 1e-3, 1e-2)])
+def test_16_bit_parameters_have_moments_as_torch_in_float32(dtype: torch.dtype, atol: float, rtol: float) -> None:
+    ours = nn.Parameter((0.1 * torch.randn(1024, 33)).to(dtype))
+    theirs = nn.Parameter(ours.detach().float())
+    optimizers = AdamW([ours], lr=1e-3), torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.0)
+    for _ in range(20):
+        ours.grad = (0.01 * torch.randn(ours.shape)).to(dtype)
+        theirs.grad = ours.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+        for name in ("exp_avg", "exp_avg_sq"):
+            exact = optimizers[1].state[theirs][name]
+            torch.testing.assert_close(optimizers[0].state[ours][name], exact, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(ours.float(), theirs, atol=atol, rtol=rtol)
+        with torch.no_grad():
+            theirs.copy_(ours)

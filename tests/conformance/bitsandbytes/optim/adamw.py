@@ -9,6 +9,8 @@ class AdamW(Optimizer2State):
     bits, paged = None, False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if self.bits == 8 and kwargs.get("amsgrad"):
+            raise ValueError(f"{type(self).__name__} does not support amsgrad=True")
         if self.bits is not None:
             if kwargs.get("optim_bits", 32) not in (32, self.bits):
                 raise ValueError(f"{type(self).__name__} keeps {self.bits} bits; optim_bits says otherwise.")
