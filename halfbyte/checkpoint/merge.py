@@ -4,9 +4,10 @@
     onto the quantized    round16(Ŵ + Δ)         Ŵ = dequantize(quantize(W)): what training saw
     into 4 bits           quantize(… + Δ)        one quantization, of the sum of all deltas
 
-What the adapters do not touch is passed on as it is, under its file's own name, so that whatever opened the base opens
-the merge. The base's fingerprint is taken on the way, in the order in which `weights_sha256` takes it: a base that is
-not the one of the training is known when the last tensor has been read, and before the directory has its name.
+What the adapters do not touch is passed on as it is, and all of it under its file's own names, so that whatever opened
+the base opens the merge; in 4 bits a mixture's experts are one tensor, as halfbyte saves them. The fingerprint of the
+base is taken on the way, in the order in which `weights_sha256` takes it: a base that is not the one of the training is
+known when the last tensor has been read, and before the directory has its name.
 """
 
 import hashlib
@@ -84,6 +85,7 @@ def merge_weights(
             adapter changes what the base's files have under no name of its own.
     """
     _check_changes(base, changes)
+    _check_layers(base, settings)
     return _Merge(base, changes, settings).write(output)
 
 
@@ -94,7 +96,8 @@ class _Merge:
         self.base, self.changes, self.settings = base, changes, settings
         self.parameters = dict(base.model.named_parameters(remove_duplicate=False))
         self.untied = untied_names(base, changes)
-        self.digest = hashlib.sha256() if settings.fingerprint and not base.unnamed else None
+        whole = not base.conversions.several
+        self.digest = hashlib.sha256() if settings.fingerprint and whole else None
         self.written: set[str] = set()
 
     def write(self, output: Path | AbstractContextManager[TensorWriter]) -> MergedWeights:
@@ -102,7 +105,7 @@ class _Merge:
             for _, own in self.base.modules_in_order():
                 self._write_module(writer, own)
             rest = [name for name in self.base.file_names.values() if name not in self.written]
-            for file_name in (*rest, *self.base.unnamed):
+            for file_name in (*rest, *self.base.conversions.several, *self.base.conversions.unknown):
                 self._write_as_it_is(writer, file_name)
         return MergedWeights(
             bytes=writer.total_bytes,
@@ -114,7 +117,10 @@ class _Merge:
         )
 
     def _shards(self, directory: Path) -> ShardWriter:
-        names = [*self.base.file_names.values(), *self.base.unnamed, *self.untied]
+        conversions = self.base.conversions
+        names = {*self.base.file_names.values(), *conversions.several, *conversions.unknown, *self.untied}
+        for name in conversions.parts.keys() | self.base.layout.layers:
+            names |= self.base.take_apart(name, self.parameters[name], name).keys()
         keys = len(names) * (1 if self.settings.layout is None else _KEYS_A_WEIGHT)
         longest = max(map(len, names), default=0) + 32  # of a constant's suffix
         return ShardWriter(directory, self.settings.shard_bytes, keys, longest)
@@ -122,8 +128,8 @@ class _Merge:
     def _write_module(self, writer: TensorWriter, own: list[str]) -> None:
         constants: list[Tensor] = []  # a fingerprint has those of a module after its parameters
         for name in own:
-            if self.base.file_name(name) is None:
-                continue  # fused from tensors that are passed on under their own names
+            if not self.base.has(name):
+                continue  # a part of a tensor that is passed on under its own name
             file_name = self._output_name(name)
             changed = self._changes_of(name)
             is_layer = name in self.base.layout.layers
@@ -158,7 +164,7 @@ class _Merge:
         usual = self.parameters[name].dtype == self.base.model.dtype  # some stay in float32, whatever is asked for
         row_wise = changes and name not in self.base.layout.transposed and are_row_wise(changes, settings.combination)
         if row_wise and usual and not in_4_bits:
-            writer.add(file_name, self._merge_by_rows(name, quantized, changes))
+            self._add_parts(writer, name, file_name, self._merge_by_rows(name, quantized, changes))
             return
         if quantized is not None and settings.onto == "quantized":
             weight = quantized.dequantize(torch.float32)
@@ -186,7 +192,13 @@ class _Merge:
                 raise HalfbyteError(f"{self.base.source.path}: {name}: {error}") from error
             _add_quantized(writer, file_name, replace(codes, dtype=settings.dtype or torch.bfloat16))
         else:
-            writer.add(file_name, weight.to(settings.dtype) if usual and settings.dtype is not None else weight)
+            rounded = weight.to(settings.dtype) if usual and settings.dtype is not None else weight
+            del weight
+            self._add_parts(writer, name, file_name, rounded)
+
+    def _add_parts(self, writer: TensorWriter, name: str, file_name: str, weight: Tensor) -> None:
+        for part_name, part in self.base.take_apart(name, weight, file_name).items():
+            writer.add(part_name, part)
 
     def _merge_by_rows(self, name: str, quantized: QuantizedTensor | None, changes: Sequence[Change]) -> Tensor:
         """The merged weight in the output's dtype, float32 where the writer rounds; some rows at a time."""
@@ -210,11 +222,11 @@ class _Merge:
             raise HalfbyteError(f"{self.base.source.path}: {name} holds a NaN or an infinity once it is merged.")
 
     def _write_as_it_is(self, writer: TensorWriter, file_name: str) -> None:
-        """A buffer, or a part of what the model fuses."""
+        """A buffer, or what the model has in several parameters."""
         if self.base.is_4bit(file_name):
             raise HalfbyteError(
-                f"{self.base.source.path}: {file_name} is in 4 bits and is a part of a parameter that the model fuses;"
-                " name the 16-bit original of the model."
+                f"{self.base.source.path}: {file_name} is in 4 bits and is no parameter of the model; name the 16-bit"
+                " original of the model."
             )
         tensor = self.base.read(file_name)
         if tensor.is_floating_point() and tensor.ndim > 1 and self.settings.dtype is not None:
@@ -230,7 +242,7 @@ class _Merge:
         """Where a parameter is written; None for a tied one that is written as another."""
         if name in self.base.tied and name not in self.untied:
             return self.base.file_name(name)
-        return self.base.file_names.get(name, name)
+        return self.base.file_names.get(name) or self.base.conversions.whole_name(name)
 
     def _is_as_wanted(self, quantized: QuantizedTensor | None) -> bool:
         wanted = None if self.settings.layout is None else self.settings.layout.settings
@@ -260,16 +272,28 @@ def _check_changes(base: BaseWeights, changes: Mapping[str, Sequence[Change]]) -
     for name, found in changes.items():
         if not found:
             continue
-        if base.file_name(name) is None:
+        if not base.has(name):
             raise HalfbyteError(
-                f"{base.source.path} holds no tensor {name}, which {found[0].adapter.directory} changes; the model"
-                " fuses it from others, and such adapters cannot be merged."
+                f"{base.source.path} holds no tensor {name}, which {found[0].adapter.directory} changes; it is a part"
+                " of one that the model takes apart, and such adapters cannot be merged."
             )
         whole = [change for change in found if change.saved is not None or _is_dora(change)]
         if whole and len(found) > 1:
             raise HalfbyteError(
                 f"{name} is trained as a whole by {whole[0].adapter.directory}, and another adapter changes it too;"
                 " merge one of them."
+            )
+
+
+def _check_layers(base: BaseWeights, settings: Settings) -> None:
+    in_4_bits = base.layout.layers if settings.onto == "quantized" else frozenset()
+    if settings.layout is not None:
+        in_4_bits |= settings.layout.layers
+    for file_name, names in base.conversions.several.items():
+        if in_4_bits.intersection(names):
+            raise HalfbyteError(
+                f"{base.source.path}: {file_name} is several layers of the model, and is not quantized as they are;"
+                " use --base original and --dtype bfloat16."
             )
 
 

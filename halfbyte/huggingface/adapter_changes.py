@@ -1,6 +1,7 @@
 """What saved adapters change in a model, parameter by parameter: read from PEFT's files, computed in float32.
 
     LoRA      W + s·B·A                        s = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)
+    experts   W_e + s·B_e·A_e                  each of a mixture's own, in one parameter (PEFT's target_parameters)
     DoRA      m · (W + s·B·A) / ‖W + s·B·A‖    the norm is a row's (arXiv 2402.09353, equation 5)
     bias      b + s·b_B                        where B has one
     saved     another tensor in its place      modules_to_save, trained biases
@@ -52,6 +53,7 @@ class LowRank:
     scale: float  # of the layer, times the weight of the adapter
     transposed: bool  # the model has the weight as (in, out)
     magnitude: str | None = None
+    experts: int | None = None  # the weight is of so many; A is `(r·experts, in)`, and B is `(out, r·experts)`
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,26 @@ class Change:
     def delta(self, weight: Tensor) -> Tensor:
         """B·A in the shape of the weight, float32, not scaled."""
         assert self.low_rank is not None
-        a, b = self.adapter.read(self.low_rank.a), self.adapter.read(self.low_rank.b)
+        a, b = self._factors(self.low_rank)
         product = b @ a
-        return (product.T if self.low_rank.transposed else product).to(weight.device)
+        return (product.mT if self.low_rank.transposed else product).to(weight.device)
+
+    def add_to(self, weight: Tensor) -> None:
+        """Adds s·B·A to a float32 weight; of experts one at a time, since all are as large as the weight."""
+        low = self.low_rank
+        assert low is not None
+        a, b = self._factors(low)
+        for part, lora_A, lora_B in [(weight, a, b)] if low.experts is None else zip(weight, a, b, strict=True):
+            product = (lora_B @ lora_A).to(weight.device)
+            part.add_(product.T if low.transposed else product, alpha=low.scale)
+
+    def _factors(self, low: LowRank) -> tuple[Tensor, Tensor]:
+        """A `(r, in)` and B `(out, r)`; of experts, one of each for every one."""
+        a, b = self.adapter.read(low.a), self.adapter.read(low.b)
+        if low.experts is None:
+            return a, b
+        # PEFT has all ranks of an expert together in A, and all experts of a rank in B.
+        return a.view(low.experts, -1, a.shape[1]), b.view(b.shape[0], -1, low.experts).permute(2, 0, 1)
 
 
 class AdapterFile:
@@ -149,7 +168,8 @@ def are_row_wise(changes: Sequence[Change], combination: str = "linear") -> bool
     """Whether the rows of the merged weight can be had one after another, from `apply_to_rows`."""
     if len(changes) > 1 and combination != "linear":
         return False
-    return all(change.low_rank is not None and not change.low_rank.transposed for change in changes)
+    found = [change.low_rank for change in changes]
+    return all(low is not None and not low.transposed and low.experts is None for low in found)
 
 
 def apply_to_rows(
@@ -197,8 +217,7 @@ def apply_changes(
         weight += combine([change.delta(weight) for change in low_rank], scales, density)
     else:
         for change in low_rank:
-            assert change.low_rank is not None
-            weight.add_(change.delta(weight), alpha=change.low_rank.scale)
+            change.add_to(weight)
     for change in changes:
         if change.low_rank is not None and change.low_rank.magnitude is not None:
             rows = weight.T if change.low_rank.transposed else weight
@@ -255,12 +274,15 @@ def _base_of(adapter: AdapterFile) -> str:
 def _low_rank_changes(adapter: AdapterFile, name: str, layer: LoraLayer, weight: float) -> dict[str, Change]:
     if "default" not in layer.scaling:
         return {}
-    if isinstance(layer, ParamWrapper):
-        raise HalfbyteError(
-            f"{adapter.directory}: {name} is a parameter that holds several experts; such adapters cannot be merged."
-        )
     scale = weight * float(layer.scaling["default"])
     base, key = layer.get_base_layer(), _PREFIX + name
+    if isinstance(layer, ParamWrapper):
+        parameter = f"{name.replace('.base_layer', '')}.{layer.parameter_name}"  # wrappers of one module are nested
+        stacked = layer.get_param().ndim == 3
+        transposed = stacked and getattr(base, "is_transposed", False)
+        factors = f"{key}.lora_A.weight", f"{key}.lora_B.weight"
+        experts = layer.num_experts if stacked else None
+        return {parameter: Change(adapter, LowRank(*factors, scale, transposed, experts=experts))}
     is_embedding = "default" in layer.lora_embedding_A
     variant = layer.lora_variant.get("default")
     magnitude = None

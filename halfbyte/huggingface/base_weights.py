@@ -1,9 +1,9 @@
 """A base model's weights one at a time: as they stand in its files, and as training in 4 bits saw them.
 
-Nothing is read before it is asked for, so whoever goes through a model tensor by tensor has memory for one. Names are
-told in both ways: transformers' own renamings lead from a file's names to the model's, and where it does more than
-rename (experts that are fused into one parameter) a tensor of the file has no one parameter, and is nobody's but its
-file's. A .gguf file is the exception: it is dequantized as a whole, and memory holds the model in 16 bits.
+Nothing is read before it is asked for, so whoever goes through a model tensor by tensor has memory for one. Parameters
+go by the model's names, and what is to be written by the files' (halfbyte.huggingface.conversions): a mixture's experts
+are one parameter here, as in training, and many tensors there. A .gguf file is the exception: it is dequantized as a
+whole, and memory holds the model in 16 bits.
 """
 
 from collections.abc import Iterator
@@ -14,16 +14,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.huggingface.conversions import Conversions
 from halfbyte.huggingface.load import build_on_meta, load_model
 from halfbyte.huggingface.quantizer import QuantizationConfig, Quantizer
 from halfbyte.huggingface.read_ahead import ReadAhead
 from halfbyte.huggingface.safetensors_files import read_safetensors
 from halfbyte.huggingface.source import Source, locate, read_config, reason
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import PackedWeights
 from halfbyte.quant import QuantizedTensor, from_keys, quantize_4bit
 
 
@@ -36,7 +35,7 @@ class BaseWeights:
     model: PreTrainedModel  # on the meta device, nothing of it in 4 bits
     layout: "FourBitLayout"  # what is in 4 bits in training
     file_names: dict[str, str]  # the model's name of a tensor -> its files'; tied parameters under one of theirs
-    unnamed: list[str]  # tensors of the files that are not one parameter of the model
+    conversions: Conversions  # of what is not one tensor there and here
     tied: dict[str, list[str]]  # a parameter that is another one as well -> all names that it has
     is_quantized: bool  # the files hold 4-bit codes
     _tensors: dict[str, Any] = field(repr=False)
@@ -46,6 +45,32 @@ class BaseWeights:
     def file_name(self, name: str) -> str | None:
         """The file's name of a parameter, a tied one's by any of its names; None where the files do not have it."""
         return next((self.file_names[n] for n in self.tied.get(name, [name]) if n in self.file_names), None)
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter can be read, from one tensor of the files or from several."""
+        return name in self.conversions.parts or self.file_name(name) is not None
+
+    def take_apart(self, name: str, tensor: Tensor, whole_name: str) -> dict[str, Tensor]:
+        """A parameter in 16 bits as the files of such a model have it: its tensors there, by their names.
+
+        Args:
+            whole_name: where it is one tensor.
+
+        Raises:
+            HalfbyteError: transformers takes it apart into others than it was made of.
+        """
+        file_name = self.file_name(name)
+        is_whole = file_name is not None and not self.is_4bit(file_name)
+        if is_whole or not self.conversions.fuses(name):
+            return {whole_name: tensor}
+        apart = self.conversions.take_apart(name, tensor)
+        expected = self._parts(name) or apart
+        if set(apart) != set(expected):
+            raise HalfbyteError(
+                f"{self.source.path}: {name} is made of {min(expected)} and others, and cannot be taken apart into"
+                " them; this model cannot be merged."
+            )
+        return apart
 
     def read(self, file_name: str) -> Tensor:
         """A tensor of the files, as it stands there.  Raises HalfbyteError where it cannot be read."""
@@ -63,23 +88,26 @@ class BaseWeights:
 
     def original(self, name: str) -> Tensor:
         """A parameter in the shape and dtype of its file, from before any quantization."""
-        file_name = self._existing(name)
-        if self.is_4bit(file_name):
-            raise HalfbyteError(f"{self.source.path}: {name} is in 4 bits, and its 16-bit original is not there.")
-        tensor = self.read(file_name)
+        if name in self.conversions.parts:
+            tensor = self._fused(name)
+        else:
+            file_name = self._existing(name)
+            if self.is_4bit(file_name):
+                raise HalfbyteError(f"{self.source.path}: {name} is in 4 bits, and its 16-bit original is not there.")
+            tensor = self.read(file_name)
         self._check_shape(name, tuple(tensor.shape))
         if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise HalfbyteError(f"{self.source.path}: {name} holds a NaN or an infinity.")
         return tensor
 
     def quantized(self, name: str) -> QuantizedTensor:
-        """The (out, in) weight of a layer that is in 4 bits in training, bit for bit as it is there.
+        """A weight that is in 4 bits in training, bit for bit as it is there: `(out, in)`, or three dimensions.
 
         Raises:
             HalfbyteError: a weight that holds NaN or infinity; codes or constants that are not the format's.
         """
-        file_name = self._existing(name)
-        if self.is_4bit(file_name):
+        file_name = self.file_name(name)
+        if file_name is not None and self.is_4bit(file_name):
             constants = {suffix: self.read(place) for suffix, place in self._constants[file_name].items()}
             quantized = from_keys(file_name, self.read(file_name), constants)
             shape = tuple(quantized.shape)
@@ -101,8 +129,26 @@ class BaseWeights:
     def modules_in_order(self) -> Iterator[tuple[str, list[str]]]:
         """Modules in the order in which fingerprints are made, and the names of each one's own parameters."""
         for module_name, module in sorted(self.model.named_modules(), key=lambda item: item[0]):
-            own = [f"{module_name}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False)]
-            yield module_name, own
+            leaves = self.layout.parameters.get(module_name) or [n for n, _ in module.named_parameters(recurse=False)]
+            yield module_name, [f"{module_name}.{leaf}".lstrip(".") for leaf in leaves]
+
+    def _parts(self, name: str) -> list[str]:
+        return [file_name for each in self.conversions.parts.get(name, {}).values() for file_name in each]
+
+    def _fused(self, name: str) -> Tensor:
+        for file_name in self._parts(name):
+            if self.is_4bit(file_name):
+                raise HalfbyteError(
+                    f"{self.source.path}: {file_name} is in 4 bits and is a part of a parameter that the model fuses;"
+                    " name the 16-bit original of the model."
+                )
+        try:
+            return self.conversions.fuse(name, self.read)
+        except (RuntimeError, ValueError) as error:
+            raise HalfbyteError(
+                f"{self.source.path}: {name} cannot be made of {self._parts(name)[0]} and others ({reason(error)});"
+                " fetch the model again."
+            ) from error
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         expected = tuple(self.model.get_parameter(name).shape)
@@ -123,6 +169,7 @@ class FourBitLayout:
     settings: QuantizationConfig | None  # None: nothing is
     layers: frozenset[str] = frozenset()  # names of weights
     transposed: frozenset[str] = frozenset()  # those that the files hold as (in, out), as GPT-2's
+    parameters: dict[str, list[str]] = field(default_factory=dict)  # of a layer, by its name, in the order that it has
 
 
 def open_base(model_name_or_path: str, settings: QuantizationConfig | None) -> BaseWeights:
@@ -143,23 +190,25 @@ def open_base(model_name_or_path: str, settings: QuantizationConfig | None) -> B
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameters.setdefault(id(parameter), []).append(name)
     tied = {name: names for names in parameters.values() if len(names) > 1 for name in names}
-    unnamed: list[str] = []
     constants: dict[str, dict[str, str]] = {}
     ahead = None
     if source.gguf_file:
         tensors: dict[str, Any] = _dequantized_gguf(model_name_or_path, compute_dtype, tied)
-        file_names = {name: name for name in tensors}
     else:
         tensors = read_safetensors(source.directory)
         ahead = ReadAhead(source.directory)
         constants = _constants(tensors)
-        file_names, unnamed = _model_names(model, [name for name in tensors if not _is_constant(name, constants)])
+    beside = {place for places in constants.values() for place in places.values()}
+    conversions = Conversions(model, () if source.gguf_file else tensors.keys() - beside)
+    named = {name: name for name in tensors} if source.gguf_file else conversions.named
     base = BaseWeights(
-        source, config, model, layout, file_names, unnamed, tied, bool(constants), tensors, constants, ahead
+        source, config, model, layout, named, conversions, tied, bool(constants), tensors, constants, ahead
     )
-    converted = bool(unnamed)  # what the model fuses has other names than the files'
-    missing = [name for name, _ in model.named_parameters() if base.file_name(name) is None]
-    if missing and not converted:
+    several = {name for names in conversions.several.values() for name in names}
+    missing = [name for name, _ in model.named_parameters() if not base.has(name) and name not in several]
+    for name in conversions.parts:
+        missing += sorted(conversions.take_apart(name, model.get_parameter(name)).keys() - tensors.keys())
+    if missing:
         raise HalfbyteError(f"{source.path} lacks {len(missing)} of the model's tensors, among them {missing[0]}.")
     return base
 
@@ -173,28 +222,10 @@ def four_bit_layout(
     model = build_on_meta(source, config, settings.compute_dtype)
     quantizer = Quantizer(settings, pre_quantized=pre_quantized)
     quantizer._process_model_before_weight_loading(model)
-    layers = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)]
-    return FourBitLayout(settings, frozenset(layers), frozenset(quantizer.transposed))
-
-
-def _model_names(model: PreTrainedModel, file_names: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The model's name of each tensor, to its files', and the tensors that are not one parameter or buffer of it."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    known = model.state_dict()
-    named: dict[str, str] = {}
-    unnamed = []
-    for file_name in sorted(file_names):
-        rules: tuple[Any, Any] = (renamings, converters)
-        name, converter = rename_source_key(file_name, *rules, model.base_model_prefix, known)
-        if name not in known and file_name in known:
-            name, converter = file_name, None
-        if converter is None and name in known:
-            named[name] = file_name
-        else:
-            unnamed.append(file_name)
-    return named, unnamed
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeights)}
+    layers = [f"{name}.{weight}" for name, module in packed.items() for weight in module.shapes]
+    parameters = {name: [n for n, _ in module.named_parameters(recurse=False)] for name, module in packed.items()}
+    return FourBitLayout(settings, frozenset(layers), frozenset(quantizer.transposed), parameters)
 
 
 def _constants(tensors: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -202,15 +233,10 @@ def _constants(tensors: dict[str, Any]) -> dict[str, dict[str, str]]:
     weights = {name.removesuffix(".quant_map") for name in tensors if name.endswith(".quant_map")} & tensors.keys()
     found: dict[str, dict[str, str]] = {weight: {} for weight in weights}
     for name in tensors:
-        weight, dot, suffix = name.partition(".weight.")
-        if dot and f"{weight}.weight" in found:
-            found[f"{weight}.weight"][suffix] = name
+        weight = name.rpartition(".")[0].removesuffix(".quant_state")
+        if weight in found:
+            found[weight][name.removeprefix(f"{weight}.")] = name
     return found
-
-
-def _is_constant(name: str, constants: dict[str, dict[str, str]]) -> bool:
-    weight, dot, _ = name.partition(".weight.")
-    return bool(dot) and f"{weight}.weight" in constants
 
 
 def _dequantized_gguf(model_name_or_path: str, dtype: torch.dtype, tied: dict[str, list[str]]) -> dict[str, Any]:

@@ -30,18 +30,23 @@ class LoraEmbedding4bit(PeftEmbedding):  # type: ignore[misc]
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: ARG002
-        """Add the adapters to the dequantized table and quantize again; the codes are kept for `unmerge`."""
+        """Add the adapters to the dequantized table and quantize once; the codes are kept for `unmerge`.
+
+        Those that are merged already are added anew to the first codes: what is rounded twice is further away.
+        """
         base: Embedding4bit = self.get_base_layer()
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.lora_embedding_A:
-                continue
-            before = base.quantized
-            with torch.no_grad():
-                table = before.dequantize(torch.float32) + self.get_delta_weight(adapter).float()
-            merged = quantize_4bit(table.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
-            self._before_merge = self._before_merge or before
-            base.quantized = merged
-            self.merged_adapters.append(adapter)
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_embedding_A]
+        if not new:
+            return
+        before = self._before_merge or base.quantized
+        with torch.no_grad():
+            table = before.dequantize(torch.float32)
+            for name in (*self.merged_adapters, *new):
+                table += self.get_delta_weight(name).float()
+        merged = quantize_4bit(table.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
+        base.quantized = merged
+        self._before_merge = before
+        self.merged_adapters.extend(new)
 
     def unmerge(self) -> None:
         """Restore the bits from before the first merge."""

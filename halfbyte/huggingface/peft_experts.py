@@ -65,21 +65,25 @@ class LoraExperts4bit(ParamWrapper):  # type: ignore[misc]
         return lora_A, lora_B * self.scaling[adapter]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: ARG002
-        """Add the adapters to the dequantized weights and quantize again; the codes are kept for `unmerge`."""
+        """Add the adapters to the dequantized weights and quantize once; the codes are kept for `unmerge`.
+
+        Those that are merged already are added anew to the first codes: what is rounded twice is further away.
+        """
         base: Experts4bit = self.get_base_layer()
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.lora_A:
-                continue
-            before = base.get_quantized(self.parameter_name)
-            with torch.no_grad():
-                merged = before.dequantize(torch.float32)
-                for expert, (lora_A, lora_B) in enumerate(zip(*self._factors(adapter), strict=True)):
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not new:
+            return
+        before = self._before_merge or base.get_quantized(self.parameter_name)
+        with torch.no_grad():
+            merged = before.dequantize(torch.float32)
+            for name in (*self.merged_adapters, *new):
+                for expert, (lora_A, lora_B) in enumerate(zip(*self._factors(name), strict=True)):
                     delta = lora_B.float() @ lora_A.float()
                     merged[expert] += delta.t() if base.is_transposed else delta
-            after = quantize_4bit(merged.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
-            base.set_quantized(self.parameter_name, after)
-            self._before_merge = self._before_merge or before
-            self.merged_adapters.append(adapter)
+        after = quantize_4bit(merged.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
+        base.set_quantized(self.parameter_name, after)
+        self._before_merge = before
+        self.merged_adapters.extend(new)
 
     def unmerge(self) -> None:
         """Restore the bits from before the first merge."""

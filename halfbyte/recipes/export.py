@@ -75,10 +75,10 @@ def write_gguf(export: GgufExport, path: Path, record: dict[str, Any]) -> Merged
 
 def _layout(export: GgufExport, reader: GGUFReader | None) -> GgufLayout:
     base, where = export.base, str(export.base.source.path)
+    layout = gguf_layout(base.model, where, base.tied.keys() - untied_names(base, export.changes))
     lacking = [name for name, _ in _parameters(base) if base.file_name(name) is None]
     if lacking:
-        raise HalfbyteError(f"{where} has {lacking[0]} in parts that the model fuses; it cannot be written as GGUF.")
-    layout = gguf_layout(base.model, where, base.tied.keys() - untied_names(base, export.changes))
+        raise HalfbyteError(f"{where} has {lacking[0]} in other pieces; it cannot be written as GGUF.")
     export.notes.extend(note for note in layout.notes if note not in export.notes)
     if reader is None:
         return layout

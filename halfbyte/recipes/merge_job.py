@@ -250,10 +250,8 @@ def prepare_merge(config: MergeConfig) -> MergeJob:
             f"{unknown[0].directory} does not say what weights it was trained on, so it is not checked that they are"
             " these"
         )
-    elif adapters and base.unnamed:
-        notes.append(
-            f"{base.source.path} holds parts of what the model fuses; that it is the trained base is not checked"
-        )
+    elif adapters and base.conversions.several:
+        notes.append(f"{base.source.path} fuses what the model does not; that it is the trained base is not checked")
     return MergeJob(config, base, adapters, origins, scales, changes, tokenizer, quantization, notes)
 
 

@@ -80,10 +80,7 @@ def test_it_is_what_peft_merges(tmp_path: Path, variant: str, tied: bool) -> Non
 def test_every_architecture_onto_the_weights_that_training_saw(tmp_path: Path, model_type: str) -> None:
     directory = save_model(tmp_path / "base", model_type)
     trained, _ = load_model(str(directory), compute_dtype=torch.float32, fast=False)
-    targets = {"target_modules": "all-linear"}
-    if model_type == "mixtral":
-        targets = {"target_modules": ["q_proj", "o_proj"]}  # type: ignore[dict-item]
-    adapted = halfbyte.add_lora(trained, LoraConfig(r=4, task_type="CAUSAL_LM", **targets))
+    adapted = halfbyte.add_lora(trained, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear"))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -107,8 +104,7 @@ def test_the_fingerprint_is_that_of_a_load(tmp_path: Path, model_type: str, form
         directory = tmp_path / "4bit"
     base = open_base(str(directory), QuantizationConfig())
     written = merge_weights(base, {}, tmp_path, Settings("quantized"))
-    assert written.base_sha256 == (None if base.unnamed else weights_sha256(loaded))
-    assert bool(base.unnamed) == (model_type == "mixtral")
+    assert written.base_sha256 == weights_sha256(loaded)
 
 
 def test_the_fingerprint_of_a_gguf_is_that_of_a_load(tmp_path: Path) -> None:
@@ -129,6 +125,27 @@ def test_a_fingerprint_is_another_when_one_weight_is(base: Path, tmp_path: Path)
     save_file(tensors, shard, {"format": "pt"})
     after = merge_weights(open_base(str(changed), QuantizationConfig()), {}, tmp_path, Settings("original"))
     assert before not in (None, after.base_sha256)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_layers_that_are_one_tensor_of_the_files(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "base", "hrm_text")
+    adapters = {name: tmp_path / name for name in ("o_proj", "q_proj")}
+    for name, place in adapters.items():
+        random_adapter(plain(directory, torch.float32), place, target_modules=[name])
+    refused: list[tuple[str, dict[str, Any], str]] = [
+        ("o_proj", {"base": "quantized"}, r"gqkv_proj\.weight is several layers of the model"),
+        ("o_proj", {"base": "original", "dtype": "nf4"}, r"gqkv_proj\.weight is several layers of the model"),
+        ("q_proj", {"base": "original"}, r"q_proj\.weight, which .* changes; it is a part of one"),
+    ]
+    for name, keys, words in refused:
+        with pytest.raises(halfbyte.HalfbyteError, match=words):
+            halfbyte.merge(str(directory), str(adapters[name]), str(tmp_path / "out"), **keys)
+    halfbyte.merge(str(directory), str(adapters["o_proj"]), str(tmp_path / "out"), base="original", dtype="float32")
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(plain(directory, torch.float32), adapters["o_proj"]).eval()(IDS).logits
+        found = plain(tmp_path / "out", torch.float32)(IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_four_bits_are_one_quantization_of_the_sum(base: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from halfbyte import HalfbyteError, Linear4bit, QuantizationConfig, load_model
+from halfbyte import HalfbyteError, Linear4bit, QuantizationConfig, load_model, quantize_4bit
 from halfbyte.checkpoint.fingerprint import weights_sha256
 from halfbyte.huggingface.outline import outline_model, take_inventory
 from halfbyte.nn import Embedding4bit, supervised_loss
@@ -100,6 +100,25 @@ def test_merging_and_taking_it_back(model: PreTrainedModel) -> None:
     assert (logits(adapted) - expected).norm() < 0.7 * (plain - expected).norm()
     adapted.unmerge_adapter()
     assert weights_sha256(adapted) == before
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+@pytest.mark.parametrize("at_once", [True, False])
+def test_two_adapters_are_quantized_once(model_directory: Callable[[str], Path], at_once: bool) -> None:
+    adapted = get_peft_model(in_4_bits(model_directory("llama")), settings(target_modules=["embed_tokens"]))
+    adapted.add_adapter("second", settings(target_modules=["embed_tokens"], r=2))
+    layer = adapted.base_model.model.model.embed_tokens
+    with torch.no_grad():
+        for factors in layer.lora_embedding_B.values():
+            factors.normal_(std=0.3)
+    before = layer.get_base_layer().quantized
+    first, second = (layer.get_delta_weight(name).detach().float() for name in ("default", "second"))
+    wanted = quantize_4bit(before.dequantize(torch.float32) + first + second, block_size=32)
+    for names in [["default", "second"]] if at_once else [["default"], ["second"]]:
+        layer.merge(adapter_names=names)
+    assert torch.equal(layer.get_base_layer().quantized.packed, wanted.packed)
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().quantized.packed, before.packed)
 
 
 def test_one_tensor_is_both_or_neither(model_directory: Callable[[str], Path]) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from halfbyte import HalfbyteError, QuantizationConfig, add_lora
+from halfbyte import HalfbyteError, QuantizationConfig, add_lora, quantize_4bit
 from halfbyte.checkpoint.fingerprint import weights_sha256
 from halfbyte.huggingface.experts import computes_the_same, weights_of_experts
 from halfbyte.huggingface.peft_experts import LoraExperts4bit
@@ -136,6 +136,25 @@ def test_merging_and_taking_it_back(base: PreTrainedModel) -> None:
     merged = model.merge_and_unload()
     assert not any("lora" in name for name, _ in merged.named_parameters())
     assert len(experts_of(merged)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+@pytest.mark.parametrize("at_once", [True, False])
+def test_two_adapters_are_quantized_once(base: PreTrainedModel, at_once: bool) -> None:
+    model = get_peft_model(base, on_experts())
+    model.add_adapter("second", on_experts(r=2))
+    layer = next(module for module in model.modules() if isinstance(module, LoraExperts4bit))
+    experts, name = layer.get_base_layer(), layer.parameter_name
+    before = experts.get_quantized(name)
+    first, second = (layer.get_delta_weight(adapter).detach() for adapter in ("default", "second"))
+    assert min(first.abs().mean(), second.abs().mean()) > 0.01
+    wanted = quantize_4bit(before.dequantize(torch.float32) + first + second)
+    for names in [["default", "second"]] if at_once else [["default"], ["second"]]:
+        layer.merge(adapter_names=names)
+    # A product in another order, near a midpoint.
+    assert (experts.get_quantized(name).packed != wanted.packed).float().mean() < 0.001
+    layer.unmerge()
+    assert torch.equal(experts.get_quantized(name).packed, before.packed)
 
 
 @pytest.mark.parametrize(
