@@ -39,6 +39,9 @@ def test_the_hub():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is required")
 def test_a_gpu():
     pass
+
+def test_that_a_suite_leaves_out_on_a_cpu():
+    pytest.skip("blocks of one size alone on CPU/XPU")
 """
 
 # A checkout has a folder of the name itself, which must not be what is tested.
@@ -51,6 +54,9 @@ def test_it_is_ours():
 
 MISSING = "import a_package_that_nobody_has\n"
 DYING = "import os\n\nos._exit(7)\n"
+
+
+BESIDE = "import a_package_beside\n\ndef test_it():\n    pass\n"
 
 
 def conformance(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -77,10 +83,11 @@ def test_every_outcome_is_told_with_its_reason(suite: Path) -> None:
         "test_dying.py": ["0", "1", "0"],
         "test_good.py": ["1", "0", "0"],
         "test_missing.py": ["0", "0", "1"],
-        "test_mixed.py": ["1", "1", "4"],
+        "test_mixed.py": ["1", "1", "5"],
     }
     reasons = done.stdout.partition("Not applicable, and why:")[2].partition("Failed:")[0]
-    for words in ("LLM.int8()", "bitsandbytes.nn.NoSuchLayer", "the hub", "needs a GPU", "a_package_that_nobody_has"):
+    told = ("LLM.int8()", "bitsandbytes.nn.NoSuchLayer", "the hub", "needs a GPU", "a_package_that_nobody_has")
+    for words in (*told, "the suite skips it: blocks of one size alone on CPU/XPU"):
         assert reasons.count(words) == 1
     failed = done.stdout.partition("Failed:")[2]
     assert "test_an_answer_that_is_wrong\n      AssertionError: there are more" in failed
@@ -91,6 +98,18 @@ def test_every_outcome_is_told_with_its_reason(suite: Path) -> None:
 def test_a_suite_of_which_all_that_applies_passes(suite: Path) -> None:
     done = conformance(str(suite / "tests"), "--only", "test_good.py", "test_missing.py")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_installed_beside_a_suite_is_found_from_anywhere(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "a_package_beside.py").touch()
+    (suite / "tests" / "test_beside.py").write_text(BESIDE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "beside")  # of the directory that the runner is started in, not of the suite's
+    done = conformance(str(suite), "--only", "test_beside.py")
+    assert "test_beside.py       1       0               0" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["nowhere"], ["."], [".", "--only", "test_none.py"]])
