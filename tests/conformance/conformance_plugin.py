@@ -53,6 +53,7 @@ _REASONS = [
     (r"FixtureLookupError: (\w+)", r"needs a fixture \1, which the suite has not"),
 ]
 _SKIPPED_FOR_GPU = re.compile(r"\b(CUDA|GPU|XPU|HPU|MPS|MLU|accelerators?|Triton|ROCm)\b", re.IGNORECASE)
+_SKIPPED_FOR_CPU = re.compile(r"\bCPU\b", re.IGNORECASE)  # what is left out on one: a GPU may be named beside it
 _MEASURED = ("benchmark", "slow")  # marks of tests that a suite leaves out itself
 
 
@@ -93,8 +94,8 @@ def _judge(report: Any, call: pytest.CallInfo[Any] | None) -> None:
             report.longrepr = (str(getattr(report, "fspath", "")), 0, reason)
     elif report.skipped:
         said = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
-        said = said.removeprefix("Skipped: ").strip() or "no reason given"
-        for_gpu = _SKIPPED_FOR_GPU.search(said) and not said.startswith("CPU")
+        said = said.removeprefix("Skipped").lstrip(": ") or "no reason given"
+        for_gpu = _SKIPPED_FOR_GPU.search(said) and not _SKIPPED_FOR_CPU.search(said)
         report.not_applicable = _NO_GPU if for_gpu else f"the suite skips it: {said}"
 
 

@@ -68,9 +68,10 @@ def find(suite: Path | None, only: list[str]) -> tuple[Path, list[Path]]:
 
 def run(root: Path, file: Path, seconds: int, scratch: Path, arguments: list[str]) -> File:
     results = scratch / f"{file.stem}.jsonl"
-    path = [str(HERE), *(str(folder) for folder in [root / "src"] if folder.is_dir()), os.environ.get("PYTHONPATH", "")]
+    given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    path = [HERE, *(folder for folder in [root / "src"] if folder.is_dir()), *map(Path, given)]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "PYTHONPATH": os.pathsep.join(str(entry.resolve()) for entry in path),  # the tests run in another directory
         "PYTHONDONTWRITEBYTECODE": "1",
         "HALFBYTE_CONFORMANCE_RESULTS": str(results),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),

@@ -2,20 +2,29 @@
 
 import copy
 import logging
-import math
+import re
+import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+import halfbyte.nn
 
 from .. import functional
 from .._absent import LLM_INT8, absent_class
-from .._ops import as_bytes
 from ..autograd._functions import matmul_4bit
 from ..functional import QuantState
 
 logger = logging.getLogger(__name__)
+
+
+def _tell(sentence: str) -> None:
+    """By the log, as bitsandbytes does since 0.50, and by a warning, once, as it did before."""
+    logger.warning(sentence)
+    if not torch.compiler.is_compiling():
+        warnings.warn(sentence, stacklevel=3)
+        warnings.filterwarnings("ignore", re.escape(sentence))
 
 
 class Params4bit(nn.Parameter):
@@ -185,7 +194,7 @@ class Linear4bit(nn.Linear):
             self.compute_dtype = x.dtype
         elif x.dtype == torch.float16 and self.compute_dtype in (None, torch.float32):
             slow = "inference" if x.numel() == x.shape[-1] else "inference or training speed"
-            logger.warning("The input is float16 and compute_dtype is float32, the default: slow %s.", slow)
+            _tell(f"The input is float16 and compute_dtype is float32, the default: slow {slow}.")
 
     def forward(self, x: Tensor) -> Tensor:
         _restore_quant_state(self)
@@ -238,7 +247,7 @@ class LinearNF4(Linear4bit):
 
 
 class Embedding4bit(nn.Embedding):
-    """A table of codes. Rows that are whole blocks are dequantized alone; otherwise the whole table is."""
+    """A table of codes, in which halfbyte's own embedding looks rows up."""
 
     def __init__(
         self,
@@ -255,29 +264,17 @@ class Embedding4bit(nn.Embedding):
         self.weight = Params4bit(
             self.weight.data, compress_statistics=False, quant_type=quant_type, quant_storage=quant_storage, module=self
         )
-        if embedding_dim % self.weight.blocksize:
-            logger.warning(
-                "The embedding size %d is not divisible by the block size %d: slow inference.",
-                embedding_dim,
-                self.weight.blocksize,
-            )
+        size = self.weight.blocksize
+        if embedding_dim % size:
+            _tell(f"The embedding size {embedding_dim} is not divisible by the block size {size}: slow inference.")
 
     def forward(self, input: Tensor) -> Tensor:
         _restore_quant_state(self)
-        state, size = self.weight.quant_state, self.embedding_dim
-        if size % state.blocksize:
-            return F.embedding(input, functional.dequantize_4bit(self.weight.data, state)).to(self.dtype)
-        codes = as_bytes(self.weight.data, math.prod(state.shape)).view(self.num_embeddings, size // 2)
-        absmax = state.absmax.view(self.num_embeddings, size // state.blocksize)
-        rows = QuantState(
-            F.embedding(input, absmax).flatten(),
-            torch.Size((*input.shape, size)),
-            state.code,
-            state.blocksize,
-            state.quant_type,
-            state.dtype,
+        table = halfbyte.nn.Embedding4bit(
+            self.num_embeddings, self.embedding_dim, compute_dtype=self.dtype, device="meta"
         )
-        return functional.dequantize_4bit(F.embedding(input, codes).view(-1, 1), rows).to(self.dtype)
+        table.quantized = self.weight.quant_state.quantized(self.weight.data)
+        return table(input)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         raise NotImplementedError("Saving Embedding4bit module is not implemented")

@@ -1,11 +1,12 @@
 """halfbyte's AdamW with bitsandbytes' arguments, and with its names for the state."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from halfbyte.formats import DYNAMIC_SIGNED, DYNAMIC_UNSIGNED
 from halfbyte.optim import AdamW
@@ -26,6 +27,53 @@ class _State(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         return torch.tensor(_MAPS[name]) if name in _MAPS else self[_NAMES[name]]
+
+
+class GlobalOptimManager:
+    """Settings of single parameters, of which there is one here: the bits of a parameter's state."""
+
+    _instance: "GlobalOptimManager | None" = None
+
+    def __init__(self) -> None:
+        self.initialize()
+
+    def initialize(self) -> None:
+        self._bits: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+        self._of_modules: list[tuple[nn.Module, str, int]] = []  # for a parameter that a module may yet exchange
+
+    @classmethod
+    def get_instance(cls) -> "GlobalOptimManager":
+        cls._instance = cls._instance or cls()
+        return cls._instance
+
+    def register_parameters(self, params: Any) -> None:
+        """Parameters are known by themselves, wherever they are, and not by their number."""
+
+    def override_config(
+        self,
+        parameters: Tensor | Iterable[Tensor],
+        key: str | None = None,
+        value: Any = None,
+        key_value_dict: dict[str, Any] | None = None,
+    ) -> None:
+        bits = _bits_alone(key_value_dict or {key: value})
+        for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
+            self._bits[parameter] = bits
+
+    def register_module_override(self, module: nn.Module, param_name: str, config: dict[str, Any]) -> None:
+        self._of_modules.append((module, param_name, _bits_alone(config)))
+
+    def bits(self, parameter: Tensor, otherwise: int) -> int:
+        for module, name, bits in self._of_modules:
+            if getattr(module, name) is parameter:
+                return bits
+        return self._bits.get(parameter, otherwise)
+
+
+def _bits_alone(config: dict[Any, Any]) -> int:
+    if config.keys() != {"optim_bits"}:
+        raise NotInHalfbyteError("GlobalOptimManager", "settings of single parameters other than optim_bits")
+    return config["optim_bits"]
 
 
 class Optimizer2State(AdamW):
@@ -52,6 +100,14 @@ class Optimizer2State(AdamW):
         )
         self._answer_to_both_names()
 
+    def state_layout(self, parameter: Tensor) -> dict[str, Tensor]:
+        own = self.state_bits
+        self.state_bits = GlobalOptimManager.get_instance().bits(parameter, own)
+        try:
+            return super().state_layout(parameter)
+        finally:
+            self.state_bits = own
+
     def _answer_to_both_names(self) -> None:
         self.state = defaultdict(_State, {key: _State(value) for key, value in self.state.items()})
 
@@ -67,23 +123,6 @@ class Optimizer2State(AdamW):
     def set_state(self, parameter: Tensor, step: int, tensors: Mapping[str, Tensor]) -> None:
         super().set_state(parameter, step, tensors)
         self.state[parameter] = _State(self.state[parameter])
-
-
-class GlobalOptimManager:
-    """bitsandbytes' settings of single parameters, which halfbyte has none of."""
-
-    _instance: "GlobalOptimManager | None" = None
-
-    @classmethod
-    def get_instance(cls) -> "GlobalOptimManager":
-        cls._instance = cls._instance or cls()
-        return cls._instance
-
-    def __getattr__(self, name: str) -> Any:
-        def refuse(*_: Any, **__: Any) -> None:
-            raise NotInHalfbyteError(f"GlobalOptimManager.{name}", "settings of single parameters")
-
-        return refuse
 
 
 OTHERS = {
