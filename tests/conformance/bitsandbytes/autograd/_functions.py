@@ -27,7 +27,7 @@ def matmul_4bit(
     turned = A.shape[-1] == rows and rows != columns
     if turned and not torch.compiler.is_compiling():
         warn(
-            f"matmul_4bit: the weight was quantized as {[rows, columns]}, [K, N]; quantize it as [N, K].",
+            f"matmul_4bit: quantized as {[rows, columns]}, [K, N]. Re-quantize from the weight as [N, K].",
             DeprecationWarning,
             stacklevel=2,
         )
