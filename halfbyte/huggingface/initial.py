@@ -18,7 +18,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.huggingface.safetensors_files import read_safetensors
 from halfbyte.huggingface.source import locate
 from halfbyte.nn import Linear4bit
-from halfbyte.quant import QuantizedTensor, quantize_4bit
+from halfbyte.quant import QuantizedTensor, quantize_like
 
 # PEFT's initial values that do not look at the base weight.
 INDEPENDENT = (True, False, "gaussian", "eva")
@@ -51,7 +51,7 @@ def dense_stand_in(layer: Any) -> Iterator[None]:
     finally:
         layer.base_layer = base
     if not torch.equal(dense.weight, weight):
-        base.quantized = _quantized_like(dense.weight, before)
+        base.quantized = quantize_like(dense.weight, before)
 
 
 def loftq(
@@ -65,7 +65,7 @@ def loftq(
     wide = weight.float()
     low_rank = torch.zeros_like(wide)
     for _ in range(iterations):
-        quantized = _quantized_like(wide - low_rank, like)
+        quantized = quantize_like(wide - low_rank, like)
         left, values, right = torch.linalg.svd(wide - quantized.dequantize(torch.float32), full_matrices=False)
         roots = (values[:rank] / scaling).sqrt()
         lora_A, lora_B = roots[:, None] * right[:rank], left[:, :rank] * roots
@@ -117,8 +117,3 @@ def _original_weight(model: Any, tensors: dict[str, Any], name: str, base: Linea
             " load the model from its 16-bit checkpoint."
         )
     return weight
-
-
-def _quantized_like(weight: Tensor, like: QuantizedTensor) -> QuantizedTensor:
-    nested = not isinstance(like.absmax, Tensor)
-    return quantize_4bit(weight.to(like.dtype), like.quant_type, like.block_size, nested)

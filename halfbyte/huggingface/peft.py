@@ -29,7 +29,7 @@ from halfbyte.huggingface.shared_input import SharedInput, find_shared_inputs
 from halfbyte.huggingface.source import reason
 from halfbyte.nn import Linear4bit, lora_linears
 from halfbyte.ops import MOST_TERMS
-from halfbyte.quant import QuantizedTensor, quantize_4bit
+from halfbyte.quant import QuantizedTensor, quantize_like
 
 
 class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
@@ -138,7 +138,7 @@ class LoraLinear4bit(PeftLinear):  # type: ignore[misc]
                 if name in self.lora_variant:
                     weight *= row_factors(self, name)[:, None]
                 merged_bias = self._with_bias_of(name, merged_bias)
-        merged = quantize_4bit(weight.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
+        merged = quantize_like(weight, before)
         self._before_merge = before, bias
         base.quantized, base.bias = merged, merged_bias
         self.merged_adapters.extend(new)

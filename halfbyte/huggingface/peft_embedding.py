@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.nn import Embedding4bit
-from halfbyte.quant import QuantizedTensor, quantize_4bit
+from halfbyte.quant import QuantizedTensor, quantize_like
 
 
 class LoraEmbedding4bit(PeftEmbedding):  # type: ignore[misc]
@@ -43,8 +43,7 @@ class LoraEmbedding4bit(PeftEmbedding):  # type: ignore[misc]
             table = before.dequantize(torch.float32)
             for name in (*self.merged_adapters, *new):
                 table += self.get_delta_weight(name).float()
-        merged = quantize_4bit(table.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
-        base.quantized = merged
+        base.quantized = quantize_like(table, before)
         self._before_merge = before
         self.merged_adapters.extend(new)
 

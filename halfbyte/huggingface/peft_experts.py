@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.nn import Experts4bit
-from halfbyte.quant import QuantizedTensor, quantize_4bit
+from halfbyte.quant import QuantizedTensor, quantize_like
 
 NO_DROPOUT = "PEFT has no dropout for experts' tensors; set lora_dropout to 0, or name target_modules without experts."
 
@@ -80,8 +80,7 @@ class LoraExperts4bit(ParamWrapper):  # type: ignore[misc]
                 for expert, (lora_A, lora_B) in enumerate(zip(*self._factors(name), strict=True)):
                     delta = lora_B.float() @ lora_A.float()
                     merged[expert] += delta.t() if base.is_transposed else delta
-        after = quantize_4bit(merged.to(before.dtype), before.quant_type, before.block_size, base.double_quant)
-        base.set_quantized(self.parameter_name, after)
+        base.set_quantized(self.parameter_name, quantize_like(merged, before))
         self._before_merge = before
         self.merged_adapters.extend(new)
 

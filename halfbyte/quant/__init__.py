@@ -7,6 +7,7 @@ from halfbyte.quant.quantized import (
     codebook_8bit,
     matmul_sum,
     quantize_4bit,
+    quantize_like,
     quantized_bytes,
     take_rows,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "from_keys",
     "matmul_sum",
     "quantize_4bit",
+    "quantize_like",
     "quantized_bytes",
     "take_rows",
     "to_keys",

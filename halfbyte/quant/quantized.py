@@ -234,6 +234,12 @@ def quantize_4bit(
     )
 
 
+def quantize_like(weight: Tensor, like: QuantizedTensor) -> QuantizedTensor:
+    """A weight rounded to the other's dtype, then in 4 bits as that is.  Raises HalfbyteError as `quantize_4bit`."""
+    double_quant = isinstance(like.absmax, DoubleQuantized)
+    return quantize_4bit(weight.to(like.dtype), like.quant_type, like.block_size, double_quant)
+
+
 def quantized_bytes(n: int, block_size: int = 64, double_quant: bool = True) -> int:
     """What `quantize_4bit` makes of `n` values holds so many bytes: `QuantizedTensor.nbytes`, before there is one."""
     blocks = formats.block_count(n, block_size)
